@@ -1,0 +1,39 @@
+"""Try a fused kernel on a PyTorch model in memory, without changing a result.
+
+`fuse_modules` replaces adjacent submodules by glob path, in every repeated block;
+`unfuse_modules` takes it back; `report` says which path ran and why.
+"""
+
+from .errors import (
+    AlreadyFusedError,
+    DeferredUseError,
+    FusionError,
+    NotFusableError,
+    PathNotFoundError,
+    SpecMismatchError,
+    UnfuseError,
+)
+from .modules import FusedModule, RegistryCollector
+from .report import FusionReport
+from .spec import ModuleSpec
+from .surgery import fuse_modules, fused, report, unfuse_modules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyFusedError",
+    "DeferredUseError",
+    "FusedModule",
+    "FusionError",
+    "FusionReport",
+    "ModuleSpec",
+    "NotFusableError",
+    "PathNotFoundError",
+    "RegistryCollector",
+    "SpecMismatchError",
+    "UnfuseError",
+    "fuse_modules",
+    "fused",
+    "report",
+    "unfuse_modules",
+]

@@ -1,0 +1,449 @@
+"""The captured call: a value that has not been computed yet.
+
+When a chain has a kernel, its collectors do not compute when they are called. They hand
+back a `DeferredOutput`, which carries the call. If it reaches the chain's `FusedModule`
+untouched, the kernel takes the captured inputs and the member never runs. If anything else
+touches it first, the member runs, once, on the inputs it was given and in the context it
+was called in, and everything goes on as if nothing had been fused.
+
+The call travels in the value itself. So threads, recursion and exceptions cannot mix two
+calls up, and a call nobody uses is freed like any other object.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DeferredUseError
+
+_IMMUTABLE = frozenset(
+    {
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        torch.dtype,
+        torch.device,
+        torch.layout,
+        torch.memory_format,
+        torch.Size,
+    }
+)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class NotCapturableError(Exception):
+    """A call whose inputs could change unnoticed before its value is used; the text says which."""
+
+
+class CapturedCall:
+    """One call of one collector: what was called, with what, and in which context.
+
+    Args:
+        run: computes the value; called as `run(module, args, kwargs)`.
+        module: the collector.
+        path: its path, for messages.
+        weights: parameters and buffers the value depends on.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Any],
+        module: nn.Module,
+        path: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        weights: list[Tensor],
+    ) -> None:
+        self.run = run
+        self.module = module
+        self.path = path
+        self.tensors = weights
+        self.args = _frozen(args, weights)
+        self.kwargs = {name: _frozen(kwargs[name], weights) for name in kwargs} if kwargs else kwargs
+        self.versions = _versions(weights)
+        self.context = calling_context()
+        self.done = False
+        self.value: Any = None
+
+    def result(self) -> Any:
+        """The member's own output, computed on first use."""
+        if not self.done:
+            args = materialise(self.args)
+            kwargs = materialise(self.kwargs)
+            self.check_unmodified()
+            now = calling_context()
+            if now == self.context:
+                self.value = self.run(self.module, args, kwargs)
+            else:
+                self.value = self._result_elsewhere(now, args, kwargs)
+            self.done = True
+            self.args, self.kwargs, self.tensors = (), {}, []
+        return self.value
+
+    def check_unmodified(self) -> None:
+        """Raise if an input or a weight was modified in place since the call."""
+        if _modified(self.tensors, self.versions):
+            raise DeferredUseError(
+                f"An input or a weight of {self.path!r} was modified in place after the module "
+                f"was called and before its output was used, so the captured call would see the "
+                f"new values. {_way_out(self.path)}"
+            )
+
+    def _result_elsewhere(self, now: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """Compute the value under the grad mode, autocast and hooks of the call itself."""
+        grad, autocast, *rest = self.context
+        if not rest or torch.compiler.is_dynamo_compiling():
+            device = _device_type(args)
+            with torch.set_grad_enabled(grad), torch.autocast(device, enabled=autocast):
+                return self.run(self.module, args, kwargs)
+        inference, forward_ad, hooks, modes = rest
+        _, _, now_inference, now_forward_ad, now_hooks, now_modes = now
+        if modes != now_modes:
+            raise DeferredUseError(
+                f"The output of {self.path!r} is used for the first time under another "
+                f"torch.func transform, TorchFunctionMode or TorchDispatchMode than the one the "
+                f"module was called under. {_way_out(self.path)}"
+            )
+        if grad and forward_ad and not now_forward_ad and not now_inference:
+            _refuse_in_autograd_function(self)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(torch.autocast(_device_type(args), enabled=False))
+            if hooks != now_hooks:
+                stack.enter_context(_SavedTensorHooks(hooks))
+            return self.run(self.module, args, kwargs)
+
+
+def calling_context() -> tuple[Any, ...]:
+    """What a computation depends on besides its inputs.
+
+    Grad mode, autocast; and where nothing is being traced also inference mode, forward-mode
+    AD, saved-tensor hooks, and the function, dispatch and functorch modes in force.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return (torch.is_grad_enabled(), torch._C._is_any_autocast_enabled())
+    return (
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._is_fwd_grad_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        (
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
+            torch._C._are_functorch_transforms_active(),
+        ),
+    )
+
+
+class DeferredOutput:
+    """The output of a captured call, or one element of it. Touch it and it is computed."""
+
+    # A plain class without `__slots__`: torch.compile traces nothing else through.
+    def __init__(self, call: CapturedCall, index: int | None = None) -> None:
+        self.__dict__["_captured_call"] = call
+        self.__dict__["_output_index"] = index
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """What `isinstance` asks when the type itself is not the answer.
+
+        Claiming to be a tensor is no way out: C++ code would believe it and read memory that
+        is not there. So a question that a real tensor would answer with yes is an error.
+        """
+        if "_captured_call" not in self.__dict__:
+            return DeferredOutput
+        value = materialise(self)
+        if not isinstance(value, Tensor):
+            return type(value)
+        asked = _types_asked_for(sys._getframe(1))
+        if asked is not None and not isinstance(value, asked):
+            return DeferredOutput
+        path = self.__dict__["_captured_call"].path
+        raise DeferredUseError(
+            f"The output of {path!r} was asked whether it is a tensor, by isinstance() or by an "
+            f"autograd.Function, before it reached the fused module. It stands for a call that has "
+            f"not run, and cannot answer yes. If this is a checkpoint around a part of the block, "
+            f"checkpoint the whole block, with use_reentrant=False. {_way_out(path)}"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return func(*materialise(args), **materialise(dict(kwargs or {})))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_captured_call", "_output_index"):
+            raise AttributeError(name)
+        return getattr(materialise(self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(materialise(self), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(materialise(self), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _identity, (materialise(self),)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return materialise(self).__array__(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return materialise(self)(*args, **kwargs)
+
+    def __dir__(self) -> Iterable[str]:
+        return dir(materialise(self))
+
+
+def materialise(value: Any) -> Any:
+    """The value with every `DeferredOutput` in it computed.
+
+    Looks into tuples, lists, dicts and dataclasses, such as `ModelOutput`. Lists, dicts and
+    dataclasses keep their identity; what holds nothing deferred is returned as it is.
+    """
+    kind = type(value)
+    if kind is Tensor:
+        return value
+    if kind is DeferredOutput:
+        call, index = value.__dict__["_captured_call"], value.__dict__["_output_index"]
+        result = call.result()
+        return result if index is None else result[index]
+    if kind in _IMMUTABLE:
+        return value
+    if isinstance(value, tuple):
+        items = [materialise(item) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    if isinstance(value, dict):
+        for key in value:
+            item = value[key]
+            real = materialise(item)
+            if real is not item:
+                value[key] = real
+        return value
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            real = materialise(item)
+            if real is not item:
+                value[index] = real
+        return value
+    if hasattr(kind, "__dataclass_fields__"):
+        for name in kind.__dataclass_fields__:
+            item = getattr(value, name, None)
+            real = materialise(item)
+            if real is not item:
+                object.__setattr__(value, name, real)
+    return value
+
+
+def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call was given a deferred value directly."""
+    for value in args:
+        if type(value) is DeferredOutput:
+            return True
+    return any(type(kwargs[name]) is DeferredOutput for name in kwargs)
+
+
+def _frozen(value: Any, tensors: list[Tensor]) -> Any:
+    """The value, if nothing in it can change unnoticed. Adds its tensors to `tensors`."""
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        if not torch.compiler.is_dynamo_compiling() and value.is_inference():
+            value = _copy_of_inference_tensor(value)
+        else:
+            tensors.append(value)
+        return value
+    if kind is DeferredOutput or kind in _IMMUTABLE:
+        return value
+    if kind is tuple:
+        return tuple([_frozen(item, tensors) for item in value])
+    raise NotCapturableError(f"an argument of type {kind.__name__}, which may change before it is used")
+
+
+def _copy_of_inference_tensor(tensor: Tensor) -> Tensor:
+    """Inference tensors do not count their modifications, so the captured one is a copy."""
+    copy = tensor.clone()
+    if copy.stride() != tensor.stride():
+        raise NotCapturableError("an inference tensor with overlapping or sparse memory")
+    return copy
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    if torch.compiler.is_dynamo_compiling():
+        for tensor in tensors:
+            _at_trace_time(tensor)
+        return []
+    return [tensor._version for tensor in tensors]
+
+
+def _modified(tensors: list[Tensor], versions: list[int]) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        for tensor in tensors:
+            _at_trace_time(tensor)
+        return False
+    return [tensor._version for tensor in tensors] != versions
+
+
+def _at_trace_time(tensor: Tensor) -> None:
+    """Compare versions while torch.compile traces, where `_version` is not a number."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_check_traced_version)
+
+
+def _check_traced_version(ctx: Any) -> None:
+    fake = ctx.get_local("tensor").as_fake()
+    if fake.is_inference():
+        return
+    first = fake.__dict__.setdefault("_version_when_captured", fake._version)
+    if fake._version != first:
+        raise DeferredUseError(
+            "A captured input was modified in place before the output it belongs to was used. "
+            "Unfuse the modules before torch.compile: unfuse_modules(model)."
+        )
+
+
+def _device_type(args: Any) -> str:
+    for value in args:
+        if isinstance(value, Tensor):
+            return value.device.type
+    return "cpu"
+
+
+class _SavedTensorHooks:
+    """Puts the saved-tensor hooks of an earlier moment in force."""
+
+    def __init__(self, hooks: tuple[Any, Any] | None) -> None:
+        self.hooks = hooks
+        self.popped: list[tuple[Any, Any]] = []
+        self.pushed = False
+
+    def __enter__(self) -> None:
+        autograd = torch._C._autograd
+        while (top := autograd._top_saved_tensors_default_hooks(True)) not in (None, self.hooks):
+            self.popped.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        if top is None and self.hooks is not None:
+            autograd._push_saved_tensors_default_hooks(*self.hooks)
+            self.pushed = True
+
+    def __exit__(self, *exc_info: object) -> None:
+        autograd = torch._C._autograd
+        if self.pushed:
+            autograd._pop_saved_tensors_default_hooks()
+        for hooks in reversed(self.popped):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _refuse_in_autograd_function(call: CapturedCall) -> None:
+    tensors = [*call.tensors, *call.module.parameters()]
+    if any(tensor.requires_grad for tensor in tensors):
+        raise DeferredUseError(
+            f"The output of {call.path!r} is used for the first time inside an autograd.Function, "
+            f"such as a reentrant checkpoint, where its gradient would be lost. Checkpoint the "
+            f"whole block, with use_reentrant=False. {_way_out(call.path)}"
+        )
+
+
+def _way_out(path: str) -> str:
+    return f"To run these modules unfused: unfuse_modules(model, [{path!r}])."
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _types_asked_for(frame: FrameType) -> Any:
+    """The second argument of the `isinstance` call a frame is at, `None` if it cannot be told."""
+    if not hasattr(frame.f_code, "co_positions"):
+        return None
+    first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    if first is None or first != last:
+        return None
+    line = linecache.getline(frame.f_code.co_filename, first).encode()
+    try:
+        call = ast.parse(line[start:end].decode().strip(), mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and len(call.args) == 2:
+            if _value_of(call.func, frame) is isinstance:
+                return _value_of(call.args[1], frame)
+    except (SyntaxError, LookupError, AttributeError, TypeError):
+        pass
+    return None
+
+
+def _value_of(node: ast.expr, frame: FrameType) -> Any:
+    """The value of a name, an attribute, a tuple or a union of them."""
+    if isinstance(node, ast.Name):
+        for scope in (frame.f_locals, frame.f_globals, vars(builtins)):
+            if node.id in scope:
+                return scope[node.id]
+    elif isinstance(node, ast.Attribute):
+        return getattr(_value_of(node.value, frame), node.attr)
+    elif isinstance(node, ast.Tuple):
+        return tuple(_value_of(item, frame) for item in node.elts)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _value_of(node.left, frame) | _value_of(node.right, frame)
+    raise LookupError(ast.dump(node))
+
+
+def _forward_operators() -> None:
+    """Give `DeferredOutput` the operators, which Python looks up on the class."""
+
+    def unary(op: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda self: op(materialise(self))
+
+    def binary(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return lambda self, other: op(materialise(self), materialise(other))
+
+    def reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return lambda self, other: op(materialise(other), materialise(self))
+
+    arithmetic = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
+    for name in arithmetic:
+        op = getattr(operator, f"__{name}__")
+        setattr(DeferredOutput, f"__{name}__", binary(op))
+        setattr(DeferredOutput, f"__r{name}__", reflected(op))
+        setattr(DeferredOutput, f"__i{name}__", binary(getattr(operator, f"__i{name}__")))
+    setattr(DeferredOutput, "__divmod__", binary(divmod))
+    setattr(DeferredOutput, "__rdivmod__", reflected(divmod))
+    for name in "lt le eq ne gt ge contains getitem delitem".split():
+        setattr(DeferredOutput, f"__{name}__", binary(getattr(operator, f"__{name}__")))
+    for name in "neg pos abs invert index".split():
+        setattr(DeferredOutput, f"__{name}__", unary(getattr(operator, f"__{name}__")))
+    conversions = (bool, int, float, complex, len, iter, reversed, hash, repr, str)
+    for function in conversions:
+        setattr(DeferredOutput, f"__{function.__name__}__", unary(function))
+    setattr(DeferredOutput, "__format__", binary(format))
+    setattr(
+        DeferredOutput,
+        "__setitem__",
+        lambda self, key, value: operator.setitem(
+            materialise(self), materialise(key), materialise(value)
+        ),
+    )
+
+
+_forward_operators()

@@ -1,0 +1,45 @@
+"""Typed errors: one base class, which is also a `ValueError`.
+
+Every message says what is wrong, at which module path, the two values that
+disagree where there are two, and the call that fixes it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyFusedError",
+    "DeferredUseError",
+    "FusionError",
+    "NotFusableError",
+    "PathNotFoundError",
+    "SpecMismatchError",
+    "UnfuseError",
+]
+
+
+class FusionError(ValueError):
+    """Base class of every error this library raises on purpose."""
+
+
+class PathNotFoundError(FusionError):
+    """A path matches no module, or matches some parents but not all of them."""
+
+
+class SpecMismatchError(FusionError):
+    """The specs do not describe the members: count, arity, names or wiring."""
+
+
+class AlreadyFusedError(FusionError):
+    """A member belongs to another chain already."""
+
+
+class NotFusableError(FusionError):
+    """A module, a kernel or a family refuses to be fused; the message says why."""
+
+
+class DeferredUseError(FusionError):
+    """A captured call can no longer give the value the unfused model would have had."""
+
+
+class UnfuseError(FusionError):
+    """The class of a fused module was changed by someone else since it was fused."""

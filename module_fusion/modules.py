@@ -1,0 +1,312 @@
+"""The class swap: `RegistryCollector`, `FusedModule` and the boundary around them.
+
+A member keeps its identity, its children and its state; only its class changes, to one
+cached subclass per role and original class, as `torch.distributed.fsdp.fully_shard` does.
+The subclass overrides `__call__` alone, and `super().__call__` is the original call with
+all its hooks. What a module has to know sits under one key of its `__dict__`.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .deferred import (
+    CapturedCall,
+    DeferredOutput,
+    NotCapturableError,
+    holds_deferred,
+    materialise,
+)
+from .errors import FusionError, NotFusableError
+from .plain import MemberForm, why_not_here
+
+KEY = "_fusion"
+_ORIGINAL = "_fusion_original_class"
+
+
+class ModuleState:
+    """What one fused module knows, under one key of its `__dict__`.
+
+    Attributes:
+        original: the class before fusing.
+        module: the module itself, weakly.
+        path: where the module was when it was fused; for messages.
+        name: its role's name in the chain; for messages.
+        role: `RegistryCollector`, `FusedModule`, or None for a mere boundary.
+        collects_for: number of chains that the module is a collector of.
+        boundary_of: number of chains whose deferred values must not leave this module.
+        outputs: number of values that `forward` returns, 1 for a value that is no tuple.
+        chain: the chain, on the last member.
+        armed: number of kernels that wait for this module's output or sit in it.
+        form: the form the kernels were chosen for.
+        running: threads that are inside a kernel of the chain at the moment.
+        reason: why the last call was not captured.
+    """
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self.original = type(module)
+        self.module: weakref.ref[nn.Module] | None = weakref.ref(module)
+        self.path = path
+        self.name = path.rpartition(".")[2]
+        self.role: type[RegistryCollector] | type[FusedModule] | None = None
+        self.collects_for = 0
+        self.boundary_of = 0
+        self.outputs = 1
+        self.chain: Any = None
+        self.armed = 0
+        self.form: MemberForm | None = None
+        self.running: set[int] = set()
+        self.reason: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts from: it is armed again when its chain is complete."""
+        fresh = {"module": None, "armed": 0, "form": None, "running": set(), "reason": None}
+        return {**self.__dict__, **fresh}
+
+
+class _Swapped:
+    """What every swapped class has: it pickles as its original class and its roles."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        fusion: ModuleState = self.__dict__[KEY]
+        if fusion.module is None:
+            fusion.module = weakref.ref(self)  # type: ignore[assignment]
+            if fusion.chain is not None:
+                fusion.chain.reconnect(self)
+        else:
+            # A shallow copy shares the state of its original, which stays in the chain.
+            self.__class__ = fusion.original  # type: ignore[assignment]
+            del self.__dict__[KEY]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, arguments, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        state: ModuleState = self.__dict__[KEY]
+        if function is not copyreg.__newobj__ or arguments[0] is not type(self):  # type: ignore[attr-defined]
+            raise FusionError(
+                f"{state.path!r} cannot be copied or pickled while it is fused, because "
+                f"{type(self).__name__} has a __reduce__ of its own or changed its class after "
+                f"fusing. Copy first, or unfuse first: unfuse_modules(model)."
+            )
+        roles = (state.role, state.boundary_of > 0)
+        return (_new_swapped, (state.original, *roles, *arguments[1:]), *rest)
+
+
+class RegistryCollector(_Swapped):
+    """A member of a chain other than the last: hands its call on to the chain's kernel.
+
+    With a kernel in the chain's seat, a call returns a `DeferredOutput` (or a tuple of them,
+    one per name in `ModuleSpec.outputs`) and computes nothing. Otherwise, and whenever the
+    module is not plain or its inputs could change unnoticed, it runs as it always did.
+
+    Mixed into a subclass of the member's own class, named `RegistryCollector[LlamaRMSNorm]`.
+    """
+
+    _fusion: ModuleState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._fusion
+        if not state.armed:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        captured = _capture(self, state, args, kwargs)
+        if captured is not None:
+            return captured
+        if holds_deferred(args, kwargs):
+            args, kwargs = materialise(args), materialise(kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class FusedModule(_Swapped):
+    """The last member of a chain: runs the kernel on what the collectors captured.
+
+    Runs as it always did where the chain has no kernel, where a member is not plain at this
+    call, or where the values it is given are not the untouched outputs of the collectors.
+    `report(model)` tells which, and why.
+
+    Mixed into a subclass of the member's own class, named `FusedModule[LlamaMLP]`. With a
+    kernel, `fused_kernel` is the module in the kernel's seat: `named_modules()` yields it, as
+    `kernels.kernelize` needs, but it is no entry of `_modules`, so that members which go
+    through their own children, such as `nn.Sequential`, do not run it.
+    """
+
+    _fusion: ModuleState
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._fusion
+        chain = state.chain
+        if not state.armed or (state.running and thread() in state.running):
+            if not torch.compiler.is_dynamo_compiling():
+                chain.count_members_run()
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        inputs, reason = chain.kernel_inputs(self, args, kwargs)
+        if reason is None:
+            return chain.run_kernel(inputs)
+        if not torch.compiler.is_dynamo_compiling():
+            chain.count_members_run(reason)
+        if holds_deferred(args, kwargs):
+            args, kwargs = materialise(args), materialise(kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def fused_kernel(self) -> nn.Module:
+        """The module in the kernel's seat."""
+        seat = self._fusion.chain.seat
+        if seat is None:
+            raise AttributeError(f"{type(self).__name__!r} was fused without a kernel")
+        return seat  # type: ignore[no-any-return]
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Any:
+        memo = set() if memo is None else memo
+        seen = self in memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        seat = self._fusion.chain.seat
+        if seat is not None and not (remove_duplicate and seen):
+            name = f"{prefix}.fused_kernel" if prefix else "fused_kernel"
+            yield from seat.named_modules(memo, name, remove_duplicate)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)  # type: ignore[misc]
+        seat = self._fusion.chain.seat
+        if seat is not None:
+            seat.train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()  # type: ignore[misc]
+        seat = self._fusion.chain.seat
+        if seat is None:
+            return own  # type: ignore[no-any-return]
+        return f"{own}\n(fused_kernel): {seat!r}" if own else f"(fused_kernel): {seat!r}"
+
+
+class _Boundary(_Swapped):
+    """The module around a chain: no deferred value leaves its `forward`.
+
+    Keeps the name of its original class, because schemes that wrap modules by class name
+    (FSDP policies, `_no_split_modules`) look for it.
+    """
+
+
+def state_of(module: nn.Module) -> ModuleState | None:
+    """The fusion state of a module, None for one that has none."""
+    return module.__dict__.get(KEY)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it was fused.
+
+    A class that someone put on top of a swapped one counts as a class of its own.
+    """
+    cls = type(module)
+    return cls.__dict__.get(_ORIGINAL, cls)  # type: ignore[no-any-return]
+
+
+def call_as_itself(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a member as if it had never been fused."""
+    if isinstance(module, RegistryCollector):
+        return super(RegistryCollector, module).__call__(*args, **kwargs)  # type: ignore[misc]
+    if isinstance(module, FusedModule):
+        return super(FusedModule, module).__call__(*args, **kwargs)  # type: ignore[misc]
+    return module(*args, **kwargs)
+
+
+def set_class(module: nn.Module, state: ModuleState) -> None:
+    """Give the module the class its state asks for: the original one when it has no role."""
+    if state.role is None and not state.boundary_of:
+        module.__class__ = state.original
+        module.__dict__.pop(KEY, None)
+        return
+    try:
+        module.__class__ = _swapped_class(state.original, state.role, state.boundary_of > 0)
+    except TypeError as error:
+        raise NotFusableError(
+            f"{state.path!r} cannot be fused: Python refuses a subclass of "
+            f"{state.original.__name__} in its place ({error})."
+        ) from error
+    module.__dict__.setdefault(KEY, state)
+
+
+def expected_class(state: ModuleState) -> type[nn.Module]:
+    """The class a module with this state has, unless someone changed it since."""
+    return _swapped_class(state.original, state.role, state.boundary_of > 0)
+
+
+_CLASSES: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def _swapped_class(
+    original: type[nn.Module], role: type | None, is_boundary: bool
+) -> type[nn.Module]:
+    key = (original, role, is_boundary)
+    cls = _CLASSES.get(key)
+    if cls is None:
+        namespace: dict[str, Any] = {
+            "__module__": original.__module__,
+            "__doc__": original.__doc__,
+            _ORIGINAL: original,
+        }
+        if is_boundary:
+            namespace["forward"] = _guarded_forward(original)
+        mixins = tuple(mixin for mixin in (role, _Boundary if is_boundary else None) if mixin)
+        name = f"{role.__name__}[{original.__name__}]" if role else original.__name__
+        cls = type(original)(name, (*mixins, original), namespace)
+        cls.__qualname__ = original.__qualname__ if role is None else name
+        cls = _CLASSES.setdefault(key, cls)
+    return cls
+
+
+def _guarded_forward(original: type[nn.Module]) -> Any:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original.forward(self, *args, **kwargs)
+        return output if type(output) is Tensor else materialise(output)
+
+    return forward
+
+
+def _new_swapped(
+    original: type[nn.Module], role: type | None, is_boundary: bool, *arguments: Any
+) -> nn.Module:
+    cls = _swapped_class(original, role, is_boundary)
+    return cls.__new__(cls, *arguments)
+
+
+def _capture(
+    module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The call's deferred output, or None where the module has to run now."""
+    if state.running and thread() in state.running:
+        return None
+    assert state.form is not None
+    weights: list[Tensor] = []
+    call = None
+    reason = why_not_here()
+    if reason is None:
+        reason = state.form.why_not_plain(module, state.name, weights)
+    if reason is None:
+        try:
+            call = CapturedCall(call_as_itself, module, state.path, args, kwargs, weights)
+        except NotCapturableError as error:
+            reason = f"{state.name} got {error}"
+    if not torch.compiler.is_dynamo_compiling():
+        state.reason = reason
+    if call is None:
+        return None
+    if state.outputs == 1:
+        return DeferredOutput(call)
+    return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
+
+
+def thread() -> int:
+    """The running thread; torch.compile traces one at a time."""
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

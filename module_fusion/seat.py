@@ -1,0 +1,372 @@
+"""The chain and the kernel's seat.
+
+`FusedKernel` is what the `kernels` library finds and whose `forward` it replaces. It holds
+no parameters; a kernel reaches the members by role, `self.norm`, `self.mlp`. `Chain` decides
+at each call whether the kernel may run, and gathers its inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from inspect import Parameter
+from types import MethodType
+from typing import Any
+
+import torch
+from kernels import use_kernel_forward_from_hub
+from torch import Tensor, nn
+
+from .deferred import CapturedCall, DeferredOutput, calling_context
+from .errors import SpecMismatchError
+from .modules import KEY, ModuleState, call_as_itself, original_class, state_of, thread
+from .plain import MemberForm, why_not_here
+from .spec import External, Plan, Wire
+
+_MISSING = object()
+
+
+class FusedKernel(nn.Module):
+    """The module in the kernel's seat, without parameters.
+
+    Its own `forward` is the chain: the members one after the other. `kernels.kernelize`
+    replaces it on the instance; from then on the chain's calls go to the kernel. Members are
+    attributes under their roles. Calling a member inside a kernel runs the member itself.
+    """
+
+    _members: tuple[weakref.ref[nn.Module], ...]
+    _plan: Plan
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            self._arm()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "forward":
+            self._arm()
+
+    def members(self) -> list[nn.Module]:
+        """The members of the chain, in order."""
+        return [member() for member in self._members]  # type: ignore[misc]
+
+    @property
+    def kernel(self) -> Any:
+        """The function in the seat, None while it is the chain itself."""
+        forward = self.__dict__.get("forward")
+        function = getattr(forward, "__func__", forward)
+        return None if function is type(self).forward else function
+
+    def _arm(self) -> None:
+        """Tell the members whether a kernel waits for them, and record their form for it."""
+        states = [state_of(member) for member in self.members()]
+        armed = None not in states and self.kernel is not None and not self.__dict__["_refusal"]
+        for member, state in zip(self.members(), states, strict=True):
+            if state is None:
+                continue
+            state.armed += int(armed) - int(self.__dict__["_armed"])
+            if armed:
+                state.form = MemberForm(member, original_class)
+        self.__dict__["_armed"] = armed
+        self.__dict__["_layer"] = _layer_with_forward(self.kernel) if armed else None
+
+    def extra_repr(self) -> str:
+        return "" if self.__dict__["_armed"] else "no kernel"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a kernel's seat is copied with its FusedModule")
+
+
+class Chain:
+    """One group of fused members and how its calls went.
+
+    Args:
+        collectors: every member but the last. The last one holds the chain, so the chain
+            does not hold the last.
+        roles: a name for each member.
+        kernel: the layer name for the `kernels` library, None for a chain without a kernel.
+        refusal: why this chain never captures, None if it does.
+    """
+
+    def __init__(
+        self,
+        collectors: Sequence[nn.Module],
+        roles: tuple[str, ...],
+        plan: Plan,
+        kernel: str | None,
+        refusal: str | None = None,
+    ) -> None:
+        self.collectors = tuple(collectors)
+        self.states = tuple(state_of(collector) for collector in collectors)
+        self.roles = roles
+        self.plan = plan
+        self.kernel = kernel
+        self.refusal = refusal
+        self.boundary: ModuleState | None = None
+        self.seat: FusedKernel | None = None
+        self.kernel_calls = 0
+        self.member_calls = 0
+        self.reason: str | None = None
+
+    def take_seat(self, last: nn.Module) -> None:
+        """Make the seat, if the chain has a kernel's name."""
+        if self.kernel is None:
+            return
+        seat = _seat_class(self.kernel, self.roles, self.plan)()
+        seat.__dict__.update(
+            _members=tuple(weakref.ref(member) for member in (*self.collectors, last)),
+            _plan=self.plan,
+            _armed=False,
+            _layer=None,
+            _refusal=self.refusal,
+        )
+        seat.training = last.training
+        self.seat = seat
+
+    @property
+    def armed(self) -> bool:
+        """Whether a kernel is in the seat and may be used."""
+        return self.seat is not None and bool(self.seat.__dict__["_armed"])
+
+    def why_not_running(self) -> str:
+        """Why no kernel is in the seat."""
+        if self.kernel is None:
+            return "no kernel"
+        return self.refusal or f"no kernel was loaded for {self.kernel!r}"
+
+    def count_members_run(self, reason: str | None = None) -> None:
+        self.member_calls += 1
+        self.reason = reason or self.why_not_running()
+
+    def run_kernel(self, inputs: list[Any]) -> Any:
+        """Run the kernel; members called inside it run as themselves."""
+        assert self.seat is not None
+        if not torch.compiler.is_dynamo_compiling():
+            self.kernel_calls += 1
+        caller = thread()
+        running = [member.__dict__[KEY].running for member in self.seat.members()]
+        for threads in running:
+            threads.add(caller)
+        try:
+            return self.seat(*inputs)
+        finally:
+            for threads in running:
+                threads.discard(caller)
+
+    def kernel_inputs(
+        self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], str | None]:
+        """The chain's inputs, and the reason why the kernel may not have them."""
+        seat = self.seat
+        assert seat is not None
+        if seat._members[-1]() is not last:
+            return [], "the module is a copy that shares the kernel of its original"
+        weights: list[Tensor] = []
+        form: MemberForm = last.__dict__[KEY].form
+        reason = why_not_here() or form.why_not_plain(last, self.roles[-1], weights)
+        if reason is not None:
+            return [], reason
+        inputs, calls, reason = self._gather(args, kwargs)
+        if reason is not None:
+            return [], reason
+        now = calling_context()
+        for call in calls:
+            if call.context != now:
+                return [], "the members are called under different grad modes, hooks or modes"
+        for call in calls:
+            call.check_unmodified()
+            weights.extend(call.tensors)
+        return inputs, self._refusal_of_kernel(seat, inputs, weights)
+
+    def reconnect(self, last: nn.Module) -> None:
+        """Join a copied chain to its copied members."""
+        function = self.__dict__.pop("_copied_kernel", None)
+        self.take_seat(last)
+        if self.seat is not None and function is not None:
+            self.seat.forward = MethodType(function, self.seat)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        from copy import deepcopy
+
+        copied = Chain.__new__(Chain)
+        memo[id(self)] = copied
+        kept = {name: value for name, value in self.__dict__.items() if name != "seat"}
+        copied.__dict__.update(deepcopy(kept, memo), seat=None)
+        copied.__dict__["_copied_kernel"] = self.seat.kernel if self.seat is not None else None
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        function = self.seat.kernel if self.seat is not None else None
+        return {
+            **self.__dict__,
+            "seat": None,
+            "_copied_kernel": function if _is_importable(function) else None,
+        }
+
+    def _gather(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], list[CapturedCall], str | None]:
+        """Follow the wires from the last member back to the captured calls."""
+        plan = self.plan
+        inputs: list[Any] = [_MISSING] * len(plan.signature.parameters)
+        calls: list[CapturedCall | None] = [None] * len(self.collectors)
+        for index in range(len(plan.members) - 1, -1, -1):
+            member = plan.members[index]
+            if index < len(calls):
+                call = calls[index]
+                if call is None:
+                    return [], [], f"the output of {self.roles[index]!r} was not used"
+                args, kwargs = call.args, call.kwargs
+            values = member.bind(args, kwargs)
+            if isinstance(values, str):
+                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec leaves out"
+            for position, source in enumerate(member.sources):
+                value = values[position]
+                if isinstance(source, Wire):
+                    reason = self._follow(source, value, calls, f"{member.parameters[position]!r}")
+                    if reason is not None:
+                        return [], [], f"{reason} of {self.roles[index]!r}"
+                    continue
+                if source is None:
+                    if value is not Parameter.empty:
+                        name = member.parameters[position]
+                        return [], [], f"{self.roles[index]!r} got {name!r}, which its spec leaves out"
+                    continue
+                if value is Parameter.empty:
+                    value = member.defaults[position]
+                known = inputs[source.index]
+                if known is not _MISSING and known is not value:
+                    name = list(plan.signature.parameters)[source.index]
+                    return [], [], f"two members got different values for {name!r}"
+                inputs[source.index] = value
+        return inputs, [call for call in calls if call is not None], None
+
+    def _follow(
+        self, wire: Wire, value: Any, calls: list[CapturedCall | None], what: str
+    ) -> str | None:
+        """Note the captured call at the other end of a wire, or say why it is not there."""
+        producer = self.collectors[wire.member]
+        role = self.roles[wire.member]
+        if type(value) is not DeferredOutput:
+            fusion = state_of(producer)
+            if fusion and fusion.reason and not torch.compiler.is_dynamo_compiling():
+                return f"{fusion.reason}; it gave no deferred value for {what}"
+            return f"the output of {role!r} was changed or replaced before it became {what}"
+        call: CapturedCall = value.__dict__["_captured_call"]
+        index = value.__dict__["_output_index"] or 0
+        if call.module is not producer or index != wire.output:
+            return f"the output of another module or call came as {what}"
+        if call.done:
+            return f"the output of {role!r} was used by something else before it became {what}"
+        if calls[wire.member] is None:
+            calls[wire.member] = call
+        elif calls[wire.member] is not call:
+            return f"the output of another call of {role!r} came as {what}"
+        return None
+
+    def _refusal_of_kernel(
+        self, seat: FusedKernel, inputs: list[Any], weights: list[Tensor]
+    ) -> str | None:
+        layer = seat.__dict__["_layer"]
+        if torch.compiler.is_dynamo_compiling() and not getattr(layer, "can_torch_compile", False):
+            return "the kernel does not support torch.compile"
+        tensors = list(weights)
+        for value in inputs:
+            if isinstance(value, DeferredOutput):
+                return "an input is the deferred output of another chain"
+            if isinstance(value, Tensor):
+                if type(value) is not Tensor and type(value) is not nn.Parameter:
+                    return f"an input is a {type(value).__name__}"
+                tensors.append(value)
+        for tensor in tensors:
+            if tensor.device != tensors[0].device:
+                return f"inputs and weights are on {tensor.device} and {tensors[0].device}"
+        if torch.is_grad_enabled() and not getattr(layer, "has_backward", True):
+            if any(tensor.requires_grad for tensor in tensors):
+                return "gradients are needed and the kernel has no backward"
+        return None
+
+
+def _chain_forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
+    """The chain itself: every member, one after the other, as itself."""
+    bound = self._plan.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    externals = list(bound.arguments.values())
+    outputs: list[Any] = []
+    for member, plan in zip(self.members(), self._plan.members, strict=True):
+        args, kwargs = (), {}
+        for position, (name, source) in enumerate(zip(plan.parameters, plan.sources, strict=True)):
+            if source is None:
+                continue
+            if isinstance(source, External):
+                value = externals[source.index]
+            else:
+                output = outputs[source.member]
+                value = output if source.arity == 1 else output[source.output]
+            if position < plan.positional and len(args) == position:
+                args += (value,)
+            else:
+                kwargs[name] = value
+        outputs.append(call_as_itself(member, args, kwargs))
+    return outputs[-1]
+
+
+_SEATS: weakref.WeakValueDictionary[Any, type[FusedKernel]] = weakref.WeakValueDictionary()
+
+
+def _seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKernel]:
+    """One class per kernel name, roles and signature, so that blocks share it."""
+    key = (kernel, roles, tuple((p.name, repr(p.default)) for p in plan.signature.parameters.values()))
+    cls = _SEATS.get(key)
+    if cls is None:
+        _check_roles(roles)
+
+        def forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
+            return _chain_forward(self, *args, **kwargs)
+
+        first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+        forward.__signature__ = plan.signature.replace(  # type: ignore[attr-defined]
+            parameters=[first, *plan.signature.parameters.values()]
+        )
+        namespace: dict[str, Any] = {"__module__": __name__, "forward": forward}
+        for index, role in enumerate(roles):
+            namespace[role] = _role(index)
+        cls = use_kernel_forward_from_hub(kernel)(type(kernel, (FusedKernel,), namespace))
+        cls = _SEATS.setdefault(key, cls)
+    return cls
+
+
+def _role(index: int) -> property:
+    return property(lambda self: self._members[index]())
+
+
+def _check_roles(roles: tuple[str, ...]) -> None:
+    for role in roles:
+        if not role.isidentifier() or hasattr(FusedKernel, role) or roles.count(role) > 1:
+            raise SpecMismatchError(
+                f"{role!r} cannot be the name by which a kernel reaches a member: it must be an "
+                f"identifier, used once, and no attribute of nn.Module. Give the roles yourself: "
+                f"fuse_modules(model, {{'norm': 'path.of.first', 'mlp': 'path.of.second'}}, ...)."
+            )
+
+
+def _layer_with_forward(function: Any) -> type[nn.Module] | None:
+    """The layer class that `kernels.kernelize` took the function from.
+
+    The seat gets the function alone, and what the kernel supports is written on the class.
+    """
+    from kernels.layer.layer import _CACHED_LAYER
+
+    for layer in _CACHED_LAYER.values():
+        if layer.__dict__.get("forward") is function or getattr(layer, "forward", None) is function:
+            return layer
+    return None
+
+
+def _is_importable(function: Any) -> bool:
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in getattr(function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return function is not None and found is function
