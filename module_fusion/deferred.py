@@ -16,6 +16,7 @@ import ast
 import builtins
 import linecache
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .code import asks_for_types
 from .errors import DeferredUseError
 
 _IMMUTABLE = frozenset(
@@ -56,7 +58,7 @@ class CapturedCall:
     Args:
         run: computes the value; called as `run(module, args, kwargs)`.
         module: the collector.
-        path: its path, for messages.
+        origin: what knows the collector's `path`, for messages.
         weights: parameters and buffers the value depends on.
     """
 
@@ -64,21 +66,28 @@ class CapturedCall:
         self,
         run: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Any],
         module: nn.Module,
-        path: str,
+        origin: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: list[Tensor],
     ) -> None:
         self.run = run
         self.module = module
-        self.path = path
+        self.origin = origin
         self.tensors = weights
         self.args = _frozen(args, weights)
-        self.kwargs = {name: _frozen(kwargs[name], weights) for name in kwargs} if kwargs else kwargs
+        self.kwargs = (
+            {name: _frozen(kwargs[name], weights) for name in kwargs} if kwargs else kwargs
+        )
         self.versions = _versions(weights)
         self.context = calling_context()
         self.done = False
         self.value: Any = None
+
+    @property
+    def path(self) -> str:
+        """Where the collector is, for messages."""
+        return self.origin.path  # type: ignore[no-any-return]
 
     def result(self) -> Any:
         """The member's own output, computed on first use."""
@@ -161,7 +170,7 @@ class DeferredOutput:
         self.__dict__["_output_index"] = index
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         """What `isinstance` asks when the type itself is not the answer.
 
         Claiming to be a tensor is no way out: C++ code would believe it and read memory that
@@ -280,7 +289,9 @@ def _frozen(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if kind is tuple:
         return tuple([_frozen(item, tensors) for item in value])
-    raise NotCapturableError(f"an argument of type {kind.__name__}, which may change before it is used")
+    raise NotCapturableError(
+        f"an argument of type {kind.__name__}, which may change before it is used"
+    )
 
 
 def _copy_of_inference_tensor(tensor: Tensor) -> Tensor:
@@ -293,37 +304,55 @@ def _copy_of_inference_tensor(tensor: Tensor) -> Tensor:
 
 def _versions(tensors: list[Tensor]) -> list[int]:
     if torch.compiler.is_dynamo_compiling():
-        for tensor in tensors:
-            _at_trace_time(tensor)
+        _compare_while_tracing(tensors)
         return []
-    return [tensor._version for tensor in tensors]
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        raise NotCapturableError("a weight that is an inference tensor") from None
 
 
 def _modified(tensors: list[Tensor], versions: list[int]) -> bool:
     if torch.compiler.is_dynamo_compiling():
-        for tensor in tensors:
-            _at_trace_time(tensor)
+        _compare_while_tracing(tensors)
         return False
     return [tensor._version for tensor in tensors] != versions
 
 
-def _at_trace_time(tensor: Tensor) -> None:
-    """Compare versions while torch.compile traces, where `_version` is not a number."""
+def _compare_while_tracing(tensors: list[Tensor]) -> None:
+    """Look for modifications while torch.compile traces, where `_version` is not a number."""
     from torch._dynamo.comptime import comptime
 
-    comptime(_check_traced_version)
+    for tensor in tensors:  # noqa: B007
+        comptime(_check_traced)
 
 
-def _check_traced_version(ctx: Any) -> None:
+def _check_traced(ctx: Any) -> None:
+    """Compare a captured tensor, and the code traced since, with the first time it was seen.
+
+    torch.compile answers `isinstance` and `type` from the class alone, so code that asks for
+    tensors must not have seen the deferred value.
+    """
     fake = ctx.get_local("tensor").as_fake()
-    if fake.is_inference():
-        return
-    first = fake.__dict__.setdefault("_version_when_captured", fake._version)
-    if fake._version != first:
+    traced = torch._guards.TracingContext.get_traced_code() or []
+    version = None if fake.is_inference() else fake._version
+    seen, first = fake.__dict__.setdefault("_when_captured", (len(traced), version))
+    if version != first:
         raise DeferredUseError(
             "A captured input was modified in place before the output it belongs to was used. "
             "Unfuse the modules before torch.compile: unfuse_modules(model)."
         )
+    for code in traced[seen:]:
+        if asks_for_types(code) and not code.co_filename.startswith(_TORCH_AND_SELF):
+            raise DeferredUseError(
+                f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} asks for "
+                f"types between the call of a fused module and the use of its output, and "
+                f"torch.compile would let it take the captured call for no tensor. Unfuse the "
+                f"modules before torch.compile: unfuse_modules(model)."
+            )
+
+
+_TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
 def _device_type(args: Any) -> str:
@@ -386,9 +415,8 @@ def _types_asked_for(frame: FrameType) -> Any:
     line = linecache.getline(frame.f_code.co_filename, first).encode()
     try:
         call = ast.parse(line[start:end].decode().strip(), mode="eval").body
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and len(call.args) == 2:
-            if _value_of(call.func, frame) is isinstance:
-                return _value_of(call.args[1], frame)
+        if isinstance(call, ast.Call) and _value_of(call.func, frame) is isinstance:
+            return _value_of(call.args[1], frame)
     except (SyntaxError, LookupError, AttributeError, TypeError):
         pass
     return None
@@ -421,17 +449,19 @@ def _forward_operators() -> None:
     def reflected(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return lambda self, other: op(materialise(other), materialise(self))
 
-    arithmetic = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
-    for name in arithmetic:
+    for name in (
+        "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+        "lshift", "rshift",
+    ):  # fmt: skip
         op = getattr(operator, f"__{name}__")
         setattr(DeferredOutput, f"__{name}__", binary(op))
         setattr(DeferredOutput, f"__r{name}__", reflected(op))
         setattr(DeferredOutput, f"__i{name}__", binary(getattr(operator, f"__i{name}__")))
     setattr(DeferredOutput, "__divmod__", binary(divmod))
     setattr(DeferredOutput, "__rdivmod__", reflected(divmod))
-    for name in "lt le eq ne gt ge contains getitem delitem".split():
+    for name in ("lt", "le", "eq", "ne", "gt", "ge", "contains", "getitem", "delitem"):
         setattr(DeferredOutput, f"__{name}__", binary(getattr(operator, f"__{name}__")))
-    for name in "neg pos abs invert index".split():
+    for name in ("neg", "pos", "abs", "invert", "index"):
         setattr(DeferredOutput, f"__{name}__", unary(getattr(operator, f"__{name}__")))
     conversions = (bool, int, float, complex, len, iter, reversed, hash, repr, str)
     for function in conversions:

@@ -13,7 +13,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,13 @@ from .deferred import (
 from .errors import FusionError, NotFusableError
 from .plain import MemberForm, why_not_here
 
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
 KEY = "_fusion"
+_NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009
 _ORIGINAL = "_fusion_original_class"
 
 
@@ -68,18 +74,24 @@ class ModuleState:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts from: it is armed again when its chain is complete."""
-        fresh = {"module": None, "armed": 0, "form": None, "running": set(), "reason": None}
+        fresh: dict[str, Any] = {
+            "module": None,
+            "armed": 0,
+            "form": None,
+            "running": set(),
+            "reason": None,
+        }
         return {**self.__dict__, **fresh}
 
 
-class _Swapped:
+class _Swapped(_Mixin):
     """What every swapped class has: it pickles as its original class and its roles."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         fusion: ModuleState = self.__dict__[KEY]
         if fusion.module is None:
-            fusion.module = weakref.ref(self)  # type: ignore[assignment]
+            fusion.module = weakref.ref(self)
             if fusion.chain is not None:
                 fusion.chain.reconnect(self)
         else:
@@ -88,9 +100,10 @@ class _Swapped:
             del self.__dict__[KEY]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        function, arguments, *rest = reduced
         state: ModuleState = self.__dict__[KEY]
-        if function is not copyreg.__newobj__ or arguments[0] is not type(self):  # type: ignore[attr-defined]
+        if function is not _NEWOBJ or arguments[0] is not type(self):
             raise FusionError(
                 f"{state.path!r} cannot be copied or pickled while it is fused, because "
                 f"{type(self).__name__} has a __reduce__ of its own or changed its class after "
@@ -115,13 +128,13 @@ class RegistryCollector(_Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self._fusion
         if not state.armed:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
         captured = _capture(self, state, args, kwargs)
         if captured is not None:
             return captured
         if holds_deferred(args, kwargs):
             args, kwargs = materialise(args), materialise(kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
 
 class FusedModule(_Swapped):
@@ -145,7 +158,7 @@ class FusedModule(_Swapped):
         if not state.armed or (state.running and thread() in state.running):
             if not torch.compiler.is_dynamo_compiling():
                 chain.count_members_run()
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
         inputs, reason = chain.kernel_inputs(self, args, kwargs)
         if reason is None:
             return chain.run_kernel(inputs)
@@ -153,7 +166,7 @@ class FusedModule(_Swapped):
             chain.count_members_run(reason)
         if holds_deferred(args, kwargs):
             args, kwargs = materialise(args), materialise(kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
     @property
     def fused_kernel(self) -> nn.Module:
@@ -168,24 +181,24 @@ class FusedModule(_Swapped):
     ) -> Any:
         memo = set() if memo is None else memo
         seen = self in memo
-        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        yield from super().named_modules(memo, prefix, remove_duplicate)
         seat = self._fusion.chain.seat
         if seat is not None and not (remove_duplicate and seen):
             name = f"{prefix}.fused_kernel" if prefix else "fused_kernel"
             yield from seat.named_modules(memo, name, remove_duplicate)
 
     def train(self, mode: bool = True) -> Any:
-        super().train(mode)  # type: ignore[misc]
+        super().train(mode)
         seat = self._fusion.chain.seat
         if seat is not None:
             seat.train(mode)
         return self
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()  # type: ignore[misc]
+        own = super().extra_repr()
         seat = self._fusion.chain.seat
         if seat is None:
-            return own  # type: ignore[no-any-return]
+            return own
         return f"{own}\n(fused_kernel): {seat!r}" if own else f"(fused_kernel): {seat!r}"
 
 
@@ -214,9 +227,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def call_as_itself(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a member as if it had never been fused."""
     if isinstance(module, RegistryCollector):
-        return super(RegistryCollector, module).__call__(*args, **kwargs)  # type: ignore[misc]
+        return super(RegistryCollector, module).__call__(*args, **kwargs)
     if isinstance(module, FusedModule):
-        return super(FusedModule, module).__call__(*args, **kwargs)  # type: ignore[misc]
+        return super(FusedModule, module).__call__(*args, **kwargs)
     return module(*args, **kwargs)
 
 
@@ -259,7 +272,9 @@ def _swapped_class(
             namespace["forward"] = _guarded_forward(original)
         mixins = tuple(mixin for mixin in (role, _Boundary if is_boundary else None) if mixin)
         name = f"{role.__name__}[{original.__name__}]" if role else original.__name__
-        cls = type(original)(name, (*mixins, original), namespace)
+        metaclass: Any = type(original)
+        cls = metaclass(name, (*mixins, original), namespace)
+        assert cls is not None
         cls.__qualname__ = original.__qualname__ if role is None else name
         cls = _CLASSES.setdefault(key, cls)
     return cls
@@ -295,7 +310,7 @@ def _capture(
         reason = state.form.why_not_plain(module, state.name, weights)
     if reason is None:
         try:
-            call = CapturedCall(call_as_itself, module, state.path, args, kwargs, weights)
+            call = CapturedCall(call_as_itself, module, state, args, kwargs, weights)
         except NotCapturableError as error:
             reason = f"{state.name} got {error}"
     if not torch.compiler.is_dynamo_compiling():

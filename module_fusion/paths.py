@@ -181,7 +181,9 @@ def _children_matching(
 
 def _numbered(module: nn.Module, text: str) -> list[str]:
     """Names of the numbered children that a slice or an index selects."""
-    names = [name for name, child in module._modules.items() if name.isdigit() and child is not None]
+    names = [
+        name for name, child in module._modules.items() if name.isdigit() and child is not None
+    ]
     names.sort(key=int)
     if ":" not in text:
         return names[int(text) :][:1] if -len(names) <= int(text) < len(names) else []

@@ -11,13 +11,13 @@ device and dtype, and nothing that draws random numbers or updates a buffer at t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from .code import code_of_forward, names_in
 
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
@@ -39,9 +39,7 @@ class MemberForm:
         class_of: the class that counts as the module's own.
     """
 
-    def __init__(
-        self, module: nn.Module, class_of: Callable[[nn.Module], type[nn.Module]]
-    ) -> None:
+    def __init__(self, module: nn.Module, class_of: Callable[[nn.Module], type[nn.Module]]) -> None:
         self.cls: type[nn.Module] = type(module)
         self.own_cls = class_of(module)
         self.class_of = class_of
@@ -128,49 +126,18 @@ def why_not_here() -> str | None:
     return None
 
 
-def inspects_types(module: nn.Module) -> bool:
-    """Whether the module's `forward` asks for the type of something.
-
-    `type(x)` cannot be intercepted, and torch.compile answers `isinstance` without asking
-    the object. Where a parent does either, its members are not captured.
-    """
-    code = _code_of(type(module))
-    return code is not None and any(
-        name in ("type", "is_tensor", "Tensor") for name in _names_in(code)
-    )
-
-
 def _effects(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
     """Tells of a module of this class whether running it has an effect besides its output."""
     if issubclass(cls, nn.modules.dropout._DropoutNd):
         return lambda module: module.training and module.p > 0  # type: ignore[operator, return-value]
     if issubclass(cls, nn.modules.batchnorm._NormBase):
         return lambda module: module.training and bool(module.track_running_stats)
-    code = _code_of(cls)
+    code = code_of_forward(cls)
     if code is None:
         return lambda module: True
-    names = _names_in(code)
+    names = names_in(code)
     if any(name.startswith(_RANDOM_NAMES) for name in names):
         return lambda module: True
     if any("dropout" in name or "drop_path" in name for name in names):
         return lambda module: module.training
     return None
-
-
-def _code_of(cls: type[nn.Module]) -> CodeType | None:
-    function: Any = cls.forward
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return getattr(function, "__code__", None)
-
-
-@lru_cache(maxsize=4096)
-def _names_in(code: CodeType) -> tuple[str, ...]:
-    """Global names, attributes and keywords that a function and the functions in it use."""
-    names = list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.extend(_names_in(constant))
-        elif isinstance(constant, tuple):
-            names.extend(item for item in constant if isinstance(item, str))
-    return tuple(names)

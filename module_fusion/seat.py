@@ -221,7 +221,7 @@ class Chain:
                 args, kwargs = call.args, call.kwargs
             values = member.bind(args, kwargs)
             if isinstance(values, str):
-                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec leaves out"
+                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec omits"
             for position, source in enumerate(member.sources):
                 value = values[position]
                 if isinstance(source, Wire):
@@ -232,15 +232,19 @@ class Chain:
                 if source is None:
                     if value is not Parameter.empty:
                         name = member.parameters[position]
-                        return [], [], f"{self.roles[index]!r} got {name!r}, which its spec leaves out"
+                        return (
+                            [],
+                            [],
+                            f"{self.roles[index]!r} got {name!r}, which its spec leaves out",
+                        )
                     continue
                 if value is Parameter.empty:
                     value = member.defaults[position]
-                known = inputs[source.index]
+                known = inputs[source.position]
                 if known is not _MISSING and known is not value:
-                    name = list(plan.signature.parameters)[source.index]
+                    name = list(plan.signature.parameters)[source.position]
                     return [], [], f"two members got different values for {name!r}"
-                inputs[source.index] = value
+                inputs[source.position] = value
         return inputs, [call for call in calls if call is not None], None
 
     def _follow(
@@ -283,9 +287,9 @@ class Chain:
         for tensor in tensors:
             if tensor.device != tensors[0].device:
                 return f"inputs and weights are on {tensor.device} and {tensors[0].device}"
-        if torch.is_grad_enabled() and not getattr(layer, "has_backward", True):
-            if any(tensor.requires_grad for tensor in tensors):
-                return "gradients are needed and the kernel has no backward"
+        needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if needs_backward and not getattr(layer, "has_backward", True):
+            return "gradients are needed and the kernel has no backward"
         return None
 
 
@@ -301,7 +305,7 @@ def _chain_forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
             if source is None:
                 continue
             if isinstance(source, External):
-                value = externals[source.index]
+                value = externals[source.position]
             else:
                 output = outputs[source.member]
                 value = output if source.arity == 1 else output[source.output]
@@ -318,7 +322,11 @@ _SEATS: weakref.WeakValueDictionary[Any, type[FusedKernel]] = weakref.WeakValueD
 
 def _seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKernel]:
     """One class per kernel name, roles and signature, so that blocks share it."""
-    key = (kernel, roles, tuple((p.name, repr(p.default)) for p in plan.signature.parameters.values()))
+    key = (
+        kernel,
+        roles,
+        tuple((p.name, repr(p.default)) for p in plan.signature.parameters.values()),
+    )
     cls = _SEATS.get(key)
     if cls is None:
         _check_roles(roles)

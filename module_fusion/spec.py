@@ -49,7 +49,9 @@ class ModuleSpec:
         object.__setattr__(self, "inputs", _names("inputs", inputs))
         object.__setattr__(self, "outputs", _names("outputs", outputs))
         if not self.outputs:
-            raise SpecMismatchError("ModuleSpec.outputs is empty: a member returns a value; use ['_'].")
+            raise SpecMismatchError(
+                "ModuleSpec.outputs is empty: a member returns a value; use ['_']."
+            )
 
 
 class Wire(NamedTuple):
@@ -63,7 +65,7 @@ class Wire(NamedTuple):
 class External(NamedTuple):
     """An input taken from outside the chain, by its position in the chain's signature."""
 
-    index: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def infer_specs(forwards: Sequence[Signature]) -> list[ModuleSpec]:
     defaults: dict[str, Any] = {}
     produced: set[str] = set()
     for index, signature in enumerate(forwards):
-        inputs = []
+        inputs: list[str] = []
         for name, parameter in _named(signature).items():
             if index > 0 and not inputs:
                 inputs.append(name)
@@ -215,7 +217,9 @@ def _assign(signature: Signature, spec: ModuleSpec, path: str) -> list[tuple[str
                 f"The spec of {path!r} names {len(spec.inputs)} inputs, {list(spec.inputs)}, but "
                 f"its forward takes {signature}. Name at most its parameters, in order."
             )
-    required = [p.name for p in (*positional, *keyword_only.values()) if p.default is Parameter.empty]
+    required = [
+        p.name for p in (*positional, *keyword_only.values()) if p.default is Parameter.empty
+    ]
     if required:
         raise SpecMismatchError(
             f"The spec of {path!r} leaves out {', '.join(map(repr, required))}, which its forward "
@@ -257,7 +261,7 @@ def _add_external(
         raise SpecMismatchError(
             f"Input {name!r} comes from outside with default {known.default!r} for an earlier "
             f"member and {parameter.default!r} for {path!r}. Give one of them another name: "
-            f"specs=[ModuleSpec(inputs=[...], outputs=[...]), ...]."
+            f"specs=[ModuleSpec(inputs=[..], outputs=[..]), ..]."
         )
 
 
@@ -292,5 +296,5 @@ def _check_all_used(
             _check_not_produced_later(specs[index], specs, index, (), paths)
             raise SpecMismatchError(
                 f"No later member takes an output of {paths[index]!r}. Give the output and the "
-                f"input it feeds the same name: specs=[ModuleSpec(inputs=[...], outputs=[...]), ...]."
+                f"input it feeds the same name: specs=[ModuleSpec(inputs=[..], outputs=[..]), ..]."
             )

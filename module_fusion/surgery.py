@@ -16,6 +16,7 @@ import torch
 from kernels import Mode, kernelize
 from torch import nn
 
+from .code import asks_for_types, code_of_forward
 from .errors import (
     AlreadyFusedError,
     FusionError,
@@ -34,7 +35,6 @@ from .modules import (
     state_of,
 )
 from .paths import Group, check_paths, find_groups, find_modules
-from .plain import inspects_types
 from .report import FusionReport, GroupReport
 from .seat import Chain
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
@@ -112,9 +112,7 @@ def fuse_modules(
     return FusionReport(rows + [GroupReport("skipped", reason=text) for text in skipped])
 
 
-def unfuse_modules(
-    model: nn.Module, modules: Sequence[str] | str | None = None
-) -> FusionReport:
+def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:
     """Take fusion back: class, `__dict__` and order are exactly what they were before.
 
     Args:
@@ -262,8 +260,7 @@ def _make_jobs(
         refusal = None
         if kernel is not None and len(group.modules) > 1:
             boundary = _boundary(modules, [p for m in group.modules for p in places[id(m)]])
-            if boundary is not None and inspects_types(boundary[1]):
-                refusal = f"{original_class(boundary[1]).__name__}.forward asks for types"
+            refusal = _refusal_to_capture(boundary)
         chain = Chain(group.modules[:-1], names, plans[key], kernel, refusal)
         existing = _existing(group, chain)
         job = _Job(group, existing or chain, boundary, is_fused=existing is not None)
@@ -288,7 +285,9 @@ def _check_members(model: nn.Module, group: Group) -> None:
                 f"the modules in it, such as '{path}.*'."
             )
         if isinstance(module, torch.jit.ScriptModule):
-            raise NotFusableError(f"{path!r} is a scripted or traced module, which runs compiled code.")
+            raise NotFusableError(
+                f"{path!r} is a scripted or traced module, which runs compiled code."
+            )
         if KEY in module.__dict__ and state_of(module) is None:
             raise NotFusableError(f"{path!r} has an attribute {KEY!r} already.")
         if not isinstance(module, FusedModule) and hasattr(module, "fused_kernel"):
@@ -309,7 +308,9 @@ def _plan(group: Group, specs: Sequence[ModuleSpec] | None) -> Plan:
         try:
             forwards.append(forward_signature(module))
         except (TypeError, ValueError) as error:
-            raise SpecMismatchError(f"The forward of {path!r} has no signature: {error}.") from error
+            raise SpecMismatchError(
+                f"The forward of {path!r} has no signature: {error}."
+            ) from error
     if specs is None:
         return make_plan(forwards, infer_specs(forwards), group.paths)
     if isinstance(specs, ModuleSpec) or not all(isinstance(spec, ModuleSpec) for spec in specs):
@@ -345,6 +346,16 @@ def _boundary(
         if not common:
             return None
         common = common[:-1]
+
+
+def _refusal_to_capture(boundary: tuple[str, nn.Module] | None) -> str | None:
+    if boundary is None:
+        return None
+    cls = original_class(boundary[1])
+    code = code_of_forward(cls)
+    if code is None or asks_for_types(code):
+        return f"{cls.__name__}.forward may ask for the type of a captured output"
+    return None
 
 
 def _existing(group: Group, chain: Chain) -> Chain | None:
@@ -440,7 +451,7 @@ def _kernelize(
 
     def restore() -> None:
         if before is not None:
-            seat.forward = before  # type: ignore[method-assign]
+            seat.forward = before
         elif "forward" in seat.__dict__:
             del seat.forward
 
