@@ -45,7 +45,8 @@ _IMMUTABLE = frozenset(
         torch.Size,
     }
 )
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PARAMETER_FILE = torch.nn.parameter.__file__
+_TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
 class NotCapturableError(Exception):
@@ -352,9 +353,6 @@ def _check_traced(ctx: Any) -> None:
             )
 
 
-_TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
-
-
 def _device_type(args: Any) -> str:
     for value in args:
         if isinstance(value, Tensor):
@@ -407,6 +405,9 @@ def _identity(value: Any) -> Any:
 
 def _types_asked_for(frame: FrameType) -> Any:
     """The second argument of the `isinstance` call a frame is at, `None` if it cannot be told."""
+    if frame.f_code.co_name == "__instancecheck__" and frame.f_code.co_filename == _PARAMETER_FILE:
+        # The metaclasses of Parameter and Buffer, which `Module.__setattr__` asks.
+        return frame.f_locals["self"]
     if not hasattr(frame.f_code, "co_positions"):
         return None
     first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]

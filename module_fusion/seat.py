@@ -329,8 +329,6 @@ def _seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKe
     )
     cls = _SEATS.get(key)
     if cls is None:
-        _check_roles(roles)
-
         def forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
             return _chain_forward(self, *args, **kwargs)
 
@@ -350,7 +348,8 @@ def _role(index: int) -> property:
     return property(lambda self: self._members[index]())
 
 
-def _check_roles(roles: tuple[str, ...]) -> None:
+def check_roles(roles: tuple[str, ...]) -> None:
+    """Refuse names by which a kernel could not reach the members."""
     for role in roles:
         if not role.isidentifier() or hasattr(FusedKernel, role) or roles.count(role) > 1:
             raise SpecMismatchError(

@@ -167,9 +167,9 @@ def make_plan(
     return Plan(members, Signature(ordered))
 
 
-def forward_signature(module: nn.Module) -> Signature:
+def forward_signature(cls: type[nn.Module]) -> Signature:
     """Signature of the class's `forward`, without `self`."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())
+    parameters = list(inspect.signature(cls.forward).parameters.values())
     return Signature(parameters[1:])
 
 

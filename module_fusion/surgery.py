@@ -36,7 +36,7 @@ from .modules import (
 )
 from .paths import Group, check_paths, find_groups, find_modules
 from .report import FusionReport, GroupReport
-from .seat import Chain
+from .seat import Chain, check_roles
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
 
 
@@ -258,6 +258,8 @@ def _make_jobs(
         names = roles or tuple(path.rpartition(".")[2] for path in group.paths)
         boundary = None
         refusal = None
+        if kernel is not None:
+            check_roles(names)
         if kernel is not None and len(group.modules) > 1:
             boundary = _boundary(modules, [p for m in group.modules for p in places[id(m)]])
             refusal = _refusal_to_capture(boundary)
@@ -306,7 +308,7 @@ def _plan(group: Group, specs: Sequence[ModuleSpec] | None) -> Plan:
     forwards: list[Signature] = []
     for path, module in zip(group.paths, group.modules, strict=True):
         try:
-            forwards.append(forward_signature(module))
+            forwards.append(forward_signature(original_class(module)))
         except (TypeError, ValueError) as error:
             raise SpecMismatchError(
                 f"The forward of {path!r} has no signature: {error}."
