@@ -45,7 +45,6 @@ _IMMUTABLE = frozenset(
         torch.Size,
     }
 )
-_PARAMETER_FILE = torch.nn.parameter.__file__
 _TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -174,8 +173,8 @@ class DeferredOutput:
     def __class__(self) -> type:
         """What `isinstance` asks when the type itself is not the answer.
 
-        Claiming to be a tensor is no way out: C++ code would believe it and read memory that
-        is not there. So a question that a real tensor would answer with yes is an error.
+        Code in Python gets the answer of the real value. C++ code that asks would believe the
+        answer and read a tensor that is not there, so it gets an error.
         """
         if "_captured_call" not in self.__dict__:
             return DeferredOutput
@@ -183,13 +182,13 @@ class DeferredOutput:
         if not isinstance(value, Tensor):
             return type(value)
         asked = _types_asked_for(sys._getframe(1))
-        if asked is not None and not isinstance(value, asked):
-            return DeferredOutput
+        if asked is not None:
+            return type(value) if isinstance(value, asked) else DeferredOutput
         path = self.__dict__["_captured_call"].path
         raise DeferredUseError(
-            f"The output of {path!r} was asked whether it is a tensor, by isinstance() or by an "
-            f"autograd.Function, before it reached the fused module. It stands for a call that has "
-            f"not run, and cannot answer yes. If this is a checkpoint around a part of the block, "
+            f"The output of {path!r} went into compiled code, such as an autograd.Function, before "
+            f"it reached the fused module. It stands for a call that has not run, and compiled "
+            f"code would take it for a tensor. If this is a checkpoint around a part of the block, "
             f"checkpoint the whole block, with use_reentrant=False. {_way_out(path)}"
         )
 
@@ -290,16 +289,14 @@ def _frozen(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if kind is tuple:
         return tuple([_frozen(item, tensors) for item in value])
-    raise NotCapturableError(
-        f"an argument of type {kind.__name__}, which may change before it is used"
-    )
+    raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
 
 
 def _copy_of_inference_tensor(tensor: Tensor) -> Tensor:
     """Inference tensors do not count their modifications, so the captured one is a copy."""
     copy = tensor.clone()
     if copy.stride() != tensor.stride():
-        raise NotCapturableError("an inference tensor with overlapping or sparse memory")
+        raise NotCapturableError("got an inference tensor with overlapping memory")
     return copy
 
 
@@ -310,7 +307,7 @@ def _versions(tensors: list[Tensor]) -> list[int]:
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
-        raise NotCapturableError("a weight that is an inference tensor") from None
+        raise NotCapturableError("has a weight that is an inference tensor") from None
 
 
 def _modified(tensors: list[Tensor], versions: list[int]) -> bool:
@@ -405,9 +402,9 @@ def _identity(value: Any) -> Any:
 
 def _types_asked_for(frame: FrameType) -> Any:
     """The second argument of the `isinstance` call a frame is at, `None` if it cannot be told."""
-    if frame.f_code.co_name == "__instancecheck__" and frame.f_code.co_filename == _PARAMETER_FILE:
-        # The metaclasses of Parameter and Buffer, which `Module.__setattr__` asks.
-        return frame.f_locals["self"]
+    if frame.f_code.co_name == "__instancecheck__":
+        # A metaclass in Python, as those of Parameter and of the abstract base classes.
+        return frame.f_locals[frame.f_code.co_varnames[0]]
     if not hasattr(frame.f_code, "co_positions"):
         return None
     first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]

@@ -49,7 +49,8 @@ class ModuleState:
         role: `RegistryCollector`, `FusedModule`, or None for a mere boundary.
         collects_for: number of chains that the module is a collector of.
         boundary_of: number of chains whose deferred values must not leave this module.
-        outputs: number of values that `forward` returns, 1 for a value that is no tuple.
+        outputs: number of values that the spec names, 1 for a value that is no tuple.
+        returned: number of values that `forward` returned, None before it was called.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
@@ -66,6 +67,7 @@ class ModuleState:
         self.collects_for = 0
         self.boundary_of = 0
         self.outputs = 1
+        self.returned: int | None = None
         self.chain: Any = None
         self.armed = 0
         self.form: MemberForm | None = None
@@ -134,7 +136,10 @@ class RegistryCollector(_Swapped):
             return captured
         if holds_deferred(args, kwargs):
             args, kwargs = materialise(args), materialise(kwargs)
-        return super().__call__(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        if state.returned is None and not torch.compiler.is_dynamo_compiling():
+            state.returned = len(output) if type(output) is tuple else 1
+        return output
 
 
 class FusedModule(_Swapped):
@@ -306,13 +311,15 @@ def _capture(
     weights: list[Tensor] = []
     call = None
     reason = why_not_here()
+    if reason is None and state.outputs > 1 and state.outputs != state.returned:
+        reason = f"{state.name} {_why_not_unpacked(state)}"
     if reason is None:
         reason = state.form.why_not_plain(module, state.name, weights)
     if reason is None:
         try:
             call = CapturedCall(call_as_itself, module, state, args, kwargs, weights)
         except NotCapturableError as error:
-            reason = f"{state.name} got {error}"
+            reason = f"{state.name} {error}"
     if not torch.compiler.is_dynamo_compiling():
         state.reason = reason
     if call is None:
@@ -320,6 +327,12 @@ def _capture(
     if state.outputs == 1:
         return DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
+
+
+def _why_not_unpacked(state: ModuleState) -> str:
+    if state.returned is None:
+        return "has to run once outside torch.compile, to see how many values it returns"
+    return f"returns {state.returned} values, its spec names {state.outputs} outputs"
 
 
 def thread() -> int:

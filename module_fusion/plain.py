@@ -136,8 +136,9 @@ def _effects(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
     if code is None:
         return lambda module: True
     names = names_in(code)
-    if any(name.startswith(_RANDOM_NAMES) for name in names):
+    draws = any(name.startswith(_RANDOM_NAMES) for name in names)
+    drops = any("dropout" in name or "drop_path" in name for name in names)
+    if draws or (drops and "training" not in names):
         return lambda module: True
-    if any("dropout" in name or "drop_path" in name for name in names):
-        return lambda module: module.training
-    return None
+    # What asks whether it is training does something then that it does not do otherwise.
+    return (lambda module: module.training) if "training" in names else None

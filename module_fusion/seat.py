@@ -329,6 +329,7 @@ def _seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKe
     )
     cls = _SEATS.get(key)
     if cls is None:
+
         def forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
             return _chain_forward(self, *args, **kwargs)
 

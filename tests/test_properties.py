@@ -113,9 +113,7 @@ def test_a_fused_model_does_what_its_twin_does_and_unfusing_leaves_no_trace(case
     keys = list(model.state_dict())
     kernel = members_kernel(len(plan_of(case).signature.parameters))
     with mapped(Kernel=kernel):
-        fuse_modules(
-            model, case.paths, case.specs, kernel="Kernel" if case.with_kernel else None
-        )
+        fuse_modules(model, case.paths, case.specs, kernel="Kernel" if case.with_kernel else None)
     note(str(model))
     equal = same_or_refused(model, twin, case)
     assert list(model.state_dict()) == keys
@@ -125,7 +123,10 @@ def test_a_fused_model_does_what_its_twin_does_and_unfusing_leaves_no_trace(case
         block.__dict__.pop("kept", None), twin_block.__dict__.pop("kept", None)
     assert structure(model) == before
     if equal:
-        assert logs[0] == logs[1]
+        once = not (case.with_kernel and case.uses_an_output_twice)
+        assert logs[0] == logs[1] or (
+            not once and [k for k, _ in logs[0]] == [k for k, _ in logs[1]]
+        )
         assert same_or_refused(model, twin, case)
 
 

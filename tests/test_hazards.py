@@ -1,0 +1,672 @@
+"""One test per hazard of a captured call: the unfused result, or a typed error with its fix."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support import Block, Mlp, Norm, WeightKernel, mapped, members_kernel, runs
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
+
+from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, report, unfuse_modules
+from module_fusion.deferred import DeferredOutput
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+PATHS = ["0.norm", "0.mlp"]
+
+
+@pytest.fixture(params=DEVICES)
+def x(request: pytest.FixtureRequest) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 8, device=request.param)
+
+
+def model_of(forward: Callable[[Any, Tensor], Any], device: torch.device) -> nn.Sequential:
+    """A model with one block whose `forward` is the given function."""
+    block = type("Written", (Block,), {"forward": forward})
+    torch.manual_seed(1)
+    return nn.Sequential(block()).to(device)
+
+
+def fuse(model: nn.Module, kernel: type[nn.Module] = WeightKernel) -> None:
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def assert_same(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+def path_of(model: nn.Module) -> tuple[int, int, str | None]:
+    group = report(model).groups[0]
+    return group.kernel_calls, group.member_calls, group.reason
+
+
+def checkpoint_last_member(use_reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + checkpoint(self.mlp, self.norm(x), use_reentrant=use_reentrant)
+
+    return forward
+
+
+def test_a_reentrant_checkpoint_around_the_last_member_is_an_error_that_names_the_fix(
+    x: Tensor,
+) -> None:
+    model = model_of(checkpoint_last_member(use_reentrant=True), x.device)
+    expected = gradients(model, x)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match=r"the whole block, with use_reentrant=False"):
+        gradients(model, x)
+    unfuse_modules(model)
+    assert_same(gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_checkpoint_around_the_last_member_gives_the_right_gradients_or_an_error(
+    x: Tensor, dropout: float
+) -> None:
+    model = model_of(checkpoint_last_member(use_reentrant=False), x.device)
+    mlp = model[0].mlp
+    mlp.down_proj = nn.Sequential(nn.Dropout(dropout), mlp.down_proj)
+    torch.manual_seed(3)
+    expected = gradients(model, x)
+    fuse(model, members_kernel(1))
+    torch.manual_seed(3)
+    try:
+        got = gradients(model, x)
+    except DeferredUseError as error:
+        assert "checkpoint the whole block" in str(error)
+    else:
+        assert_same(got, expected)
+
+
+def test_a_reentrant_checkpoint_that_closes_over_the_value_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + checkpoint(lambda t: self.mlp(h) + t, x, use_reentrant=True)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match=r"its gradient would be lost.*use_reentrant=False"):
+        gradients(model, x)
+
+
+def test_a_checkpoint_that_closes_over_the_value_gives_the_right_gradients(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + checkpoint(lambda: self.mlp(h), use_reentrant=False)
+
+    model = model_of(forward, x.device)
+    expected = gradients(model, x)
+    fuse(model)
+    assert_same(gradients(model, x), expected)
+    assert path_of(model)[0] == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_block_runs_the_kernel_with_the_right_gradients(
+    x: Tensor, use_reentrant: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        def inside(x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x))
+
+        return checkpoint(inside, x, use_reentrant=use_reentrant)
+
+    model = model_of(forward, x.device)
+    expected = gradients(model, x)
+    fuse(model)
+    assert_same(gradients(model, x), expected)
+    assert path_of(model)[:2] == (2, 0)
+
+
+def test_saved_tensor_hooks_around_the_last_member_do_not_reach_the_first(x: Tensor) -> None:
+    packed: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tuple(tensor.shape))
+        return tensor
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = gradients(model, x)
+    unfused = packed.copy()
+    packed.clear()
+    fuse(model)
+    assert_same(gradients(model, x), expected)
+    assert packed == unfused
+
+
+def test_saved_tensor_hooks_around_the_first_member_reach_it(x: Tensor) -> None:
+    packed: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tuple(tensor.shape))
+        return tensor
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            h = self.norm(x)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = gradients(model, x)
+    unfused = packed.copy()
+    packed.clear()
+    fuse(model)
+    assert_same(gradients(model, x), expected)
+    assert packed == unfused
+
+
+def modified_between(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    x.add_(1)
+    return x + self.mlp(h)
+
+
+def test_an_input_modified_in_place_before_use_is_an_error(x: Tensor) -> None:
+    model = model_of(modified_between, x.device)
+    fuse(model)
+    with torch.no_grad(), pytest.raises(DeferredUseError, match=r"modified in place .*'0.norm'"):
+        model(x)
+
+
+def test_a_view_of_an_input_modified_in_place_before_use_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x[0, 0].zero_()
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with torch.no_grad(), pytest.raises(DeferredUseError):
+        model(x)
+
+
+def test_a_weight_modified_in_place_before_use_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        self.norm.weight.mul_(2)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with torch.no_grad(), pytest.raises(DeferredUseError):
+        model(x)
+
+
+def test_torch_compile_notices_an_input_modified_in_place_before_use(x: Tensor) -> None:
+    model = model_of(modified_between, x.device)
+    fuse(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match=r"DeferredUseError.*modified in place"):
+        compiled(x)
+
+
+def test_an_inference_tensor_modified_in_place_before_use_was_copied(x: Tensor) -> None:
+    model = model_of(modified_between, x.device)
+    kernel = members_kernel(1)
+    with torch.inference_mode():
+        expected = model(x.clone())
+        fuse(model, kernel)
+        assert torch.equal(model(x.clone()), expected)
+    assert runs(kernel) == 1
+
+
+def test_without_a_kernel_an_input_may_be_modified_in_place_before_use(x: Tensor) -> None:
+    model = model_of(modified_between, x.device)
+    with torch.no_grad():
+        expected = model(x.clone())
+        fuse_modules(model, PATHS)
+        assert torch.equal(model(x.clone()), expected)
+
+
+@dataclass
+class Pair:
+    first: Any
+    second: Any
+
+
+Named = namedtuple("Named", ["first", "second"])
+CONTAINERS = {
+    "value": lambda h: h,
+    "tuple": lambda h: (h, 1),
+    "list": lambda h: [h, [h]],
+    "dict": lambda h: {"h": h, "nested": {"h": h}},
+    "dataclass": lambda h: Pair(h, (h,)),
+    "namedtuple": lambda h: Named(h, None),
+    "ModelOutput": lambda h: BaseModelOutput(last_hidden_state=h, hidden_states=(h, h)),
+    "ModelOutput of one": lambda h: BaseModelOutput(last_hidden_state=h),
+}
+# A ModelOutput asks for the type of its only field, so the value is computed by then.
+LOOKS_INSIDE = ("ModelOutput of one",)
+
+
+def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Pair):
+        return leaves(value.first) + leaves(value.second)
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value] if type(value) is Tensor else []
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_leaves_the_parent_is_a_real_tensor(x: Tensor, container: str) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        return CONTAINERS[container](self.norm(x))
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    seen: list[Any] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    got = model(x)
+    assert type(got) is type(expected)
+    assert len(leaves(got)) == len(leaves(expected)) > 0
+    assert_same(leaves(got), leaves(expected))
+    assert leaves(seen) == leaves(got)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_value_in_a_container_still_reaches_the_kernel(x: Tensor, container: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        box = CONTAINERS[container](self.norm(x))
+        h = {
+            "value": lambda: box,
+            "tuple": lambda: box[0],
+            "list": lambda: box[1][0],
+            "dict": lambda: box["nested"]["h"],
+            "dataclass": lambda: box.second[0],
+            "namedtuple": lambda: box.first,
+            "ModelOutput": lambda: box.last_hidden_state,
+            "ModelOutput of one": lambda: box.last_hidden_state,
+        }[container]()
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model)[0] == (0 if container in LOOKS_INSIDE else 1)
+
+
+def test_a_value_stored_on_the_parent_can_be_used_later(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.kept = self.norm(x)
+        self.boxed = [self.norm(x)]
+        return x + self.mlp(self.kept)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    kept = model[0].kept.clone()
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model[0].kept + 0, kept)
+    assert torch.equal(model[0].boxed[0] + 0, kept)
+
+
+class TupleNorm(Norm):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x), x.mean()
+
+
+def tuple_model(device: torch.device) -> nn.Sequential:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h, mean = self.norm(x)
+        return x + self.mlp(h) + mean
+
+    model = model_of(forward, device)
+    model[0].norm = TupleNorm().to(device)
+    return model
+
+
+def test_a_tuple_returning_member_is_unpacked_without_a_spec(x: Tensor) -> None:
+    model = tuple_model(x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model)[:2] == (0, 1)
+
+
+def test_a_tuple_returning_member_with_a_spec_is_deferred_element_by_element(x: Tensor) -> None:
+    model = tuple_model(x.device)
+    expected = model(x)
+    model[0].norm.calls = 0
+    specs = [ModuleSpec(["x"], ["h", "_"]), ModuleSpec(["h"])]
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 0  # The first call shows how many values there are.
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 1
+
+
+def test_a_spec_with_the_wrong_number_of_outputs_runs_the_members(x: Tensor) -> None:
+    model = tuple_model(x.device)
+    expected = model(x)
+    specs = [ModuleSpec(["x"], ["h", "_", "_"]), ModuleSpec(["h"])]
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    for calls in (1, 2):
+        assert torch.equal(model(x), expected)
+        assert path_of(model)[:2] == (0, calls)
+    assert "returns 2 values, its spec names 3 outputs" in str(path_of(model)[2])
+
+
+class TwoInputs(Mlp):
+    def forward(self, a: Tensor, b: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(b[0] if type(b) is list else b) + a
+
+
+@pytest.mark.parametrize(
+    ("call", "ran"),
+    [
+        (lambda mlp, x, h: mlp(x, h), 1),
+        (lambda mlp, x, h: mlp(x, b=h), 1),
+        (lambda mlp, x, h: mlp(b=h, a=x), 1),
+        (lambda mlp, x, h: mlp(x, [h]), 0),
+    ],
+    ids=["second position", "keyword", "keywords", "list"],
+)
+def test_a_deferred_value_is_found_wherever_it_is_passed(x: Tensor, call: Any, ran: int) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return call(self.mlp, x, self.norm(x))
+
+    model = model_of(forward, x.device)
+    model[0].mlp = TwoInputs().to(x.device)
+    expected = model(x)
+    specs = [ModuleSpec(["x"], ["h"]), ModuleSpec(["a", "h"])]
+    kernel = members_kernel(2)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == ran
+
+
+@pytest.mark.parametrize(
+    "member",
+    [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(3), lambda: nn.RReLU()],
+    ids=["Dropout", "BatchNorm", "RReLU"],
+)
+def test_a_member_with_state_or_randomness_runs_once_and_at_its_own_call(
+    x: Tensor, member: Callable[[], nn.Module]
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        noise = torch.rand_like(x)
+        return self.mlp(h) + noise + self.norm(x)
+
+    model = model_of(forward, x.device)
+    model[0].norm = member().to(x.device)
+    torch.manual_seed(2)
+    fuse(model, members_kernel(1))
+    got = [model(x), model(x), *model.buffers()]
+    unfuse_modules(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.reset_running_stats()
+    torch.manual_seed(2)
+    assert_same(got, [model(x), model(x), *model.buffers()])
+
+
+def test_a_member_called_twice_makes_two_captures(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        first, second = self.norm(x), self.norm(2 * x + 1)
+        return self.mlp(second) - self.mlp(first)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model)[:2] == (2, 0)
+
+
+def test_a_member_shared_by_two_parents_keeps_the_calls_apart(x: Tensor) -> None:
+    model = nn.Sequential(Block(), Block()).to(x.device)
+    model[1].norm = model[0].norm
+    expected = model(x)
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, ["*.norm", "*.mlp"], kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert [group.kernel_calls for group in report(model).groups] == [1, 1]
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_one_block_used_recursively_keeps_the_calls_apart(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor, depth: int = 3) -> Tensor:
+        h = self.norm(x)
+        if depth:
+            x = forward(self, x / 2, depth - 1)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model)[:2] == (4, 0)
+
+
+def raising(self: Any, x: Tensor) -> Tensor:
+    self.norm(x * 1)
+    raise KeyError("between capture and use")
+
+
+def test_a_thousand_exceptions_between_capture_and_use_leave_no_tensor_behind(x: Tensor) -> None:
+    model = model_of(raising, x.device)
+    fuse(model)
+
+    def live() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects() if type(thing) is Tensor)
+
+    before = live()
+    for _ in range(1000):
+        with pytest.raises(KeyError):
+            model(x)
+    assert live() <= before
+
+
+def test_a_dropped_value_is_freed_without_the_garbage_collector(x: Tensor) -> None:
+    model = model_of(lambda self, x: None, x.device)
+    fuse(model)
+    captured = x * 1
+    alive = weakref.ref(captured)
+    gc.disable()
+    try:
+        value = model[0].norm(captured)
+        assert type(value) is DeferredOutput
+        del captured, value
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_fused_model_is_freed_without_the_garbage_collector(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    fuse(model)
+    model(x)
+    alive = [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert [ref() for ref in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
+
+
+def test_eight_threads_on_one_fused_model_give_the_same_bits(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    inputs = [x + i for i in range(8)]
+    expected = [model(value) for value in inputs]
+    fuse(model)
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(500):
+            if not torch.equal(model(inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert path_of(model)[:2] == (4000, 0)
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("around", ["first", "last", "look"])
+def test_a_member_runs_in_the_context_of_its_own_call(x: Tensor, context: str, around: str) -> None:
+    def here(place: str) -> Any:
+        return CONTEXTS[context]() if place == around else nullcontext()
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with here("first"):
+            h = self.norm(x)
+        with here("look"):
+            mean = h.mean()
+        with here("last"):
+            y = self.mlp(h)
+        return (x * 2).detach() + y.float() + mean if context != "inference_mode" else y * 1
+
+    model = model_of(forward, x.device)
+    with torch.no_grad() if context == "inference_mode" else nullcontext():
+        expected = model(x)
+        fuse(model)
+        got = model(x)
+    assert torch.equal(got, expected)
+    assert (got.requires_grad, got.dtype) == (expected.requires_grad, expected.dtype)
+    if context != "inference_mode":
+        fused_gradients = gradients(model, x) if expected.requires_grad else []
+        unfuse_modules(model)
+        assert_same(fused_gradients, gradients(model, x) if expected.requires_grad else [])
+
+
+def test_asking_for_the_type_is_answered_as_the_real_value_would(x: Tensor) -> None:
+    def unpack(h: Any) -> Any:
+        return h[0] if isinstance(h, (tuple, list)) else h
+
+    def double(h: Any) -> Any:
+        return h * 2 if torch.is_tensor(h) and isinstance(h, nn.Module | Tensor) else h
+
+    def halve(h: Any) -> Any:
+        return h if isinstance(h, (nn.Parameter, Sequence, dict)) else h / 2
+
+    for ask in (unpack, double, halve):
+        model = model_of(lambda self, x, ask=ask: x + self.mlp(ask(self.norm(x))), x.device)
+        expected = model(x)
+        fuse(model)
+        assert torch.equal(model(x), expected)
+
+
+def test_torch_compile_refuses_code_that_asks_whether_a_captured_call_is_a_tensor(
+    x: Tensor,
+) -> None:
+    def double(h: Any) -> Any:
+        return h * 2 if isinstance(h, Tensor) else h
+
+    model = model_of(lambda self, x: x + self.mlp(double(self.norm(x))), x.device)
+    fuse(model)
+    with pytest.raises(Exception, match=r"DeferredUseError.* asks for types"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+def test_a_parent_that_asks_for_types_is_never_given_a_deferred_value(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.mlp(h * 2 if type(h) is Tensor else h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model) == (
+        0,
+        1,
+        "Written.forward may ask for the type of a captured output",
+    )
+
+
+def test_a_custom_autograd_function_on_the_value_is_an_error(x: Tensor) -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return h * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return gradient * 2
+
+    model = model_of(lambda self, x: self.mlp(Double.apply(self.norm(x))), x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match=r"autograd\.Function"):
+        model(x)
+    unfuse_modules(model)
+    model(x)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.length = 0
+
+
+class CountingNorm(Norm):
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # type: ignore[override]
+        if cache is not None:
+            cache.length += 1
+        return super().forward(x)
+
+
+def test_a_mutable_argument_makes_the_member_run_at_its_own_call(x: Tensor) -> None:
+    cache = Cache()
+    lengths: list[int] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x, cache)
+        lengths.append(cache.length)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].norm = CountingNorm().to(x.device)
+    model(x)
+    fuse(model, members_kernel(2))
+    model(x)
+    assert lengths == [1, 2]
+    assert "norm got a Cache, which may change before it is used" in str(path_of(model)[2])
