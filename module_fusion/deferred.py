@@ -45,6 +45,7 @@ _IMMUTABLE = frozenset(
         torch.Size,
     }
 )
+_DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 _TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -174,14 +175,16 @@ class DeferredOutput:
         """What `isinstance` asks when the type itself is not the answer.
 
         Code in Python gets the answer of the real value. C++ code that asks would believe the
-        answer and read a tensor that is not there, so it gets an error.
+        answer and read a tensor that is not there, so it gets an error. torch.compile itself
+        sees the plain object that it can trace.
         """
-        if "_captured_call" not in self.__dict__:
+        frame = sys._getframe(1)
+        if "_captured_call" not in self.__dict__ or frame.f_code.co_filename.startswith(_DYNAMO):
             return DeferredOutput
         value = materialise(self)
         if not isinstance(value, Tensor):
             return type(value)
-        asked = _types_asked_for(sys._getframe(1))
+        asked = _types_asked_for(frame)
         if asked is not None:
             return type(value) if isinstance(value, asked) else DeferredOutput
         path = self.__dict__["_captured_call"].path
@@ -280,10 +283,9 @@ def _frozen(value: Any, tensors: list[Tensor]) -> Any:
     """The value, if nothing in it can change unnoticed. Adds its tensors to `tensors`."""
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter:
-        if not torch.compiler.is_dynamo_compiling() and value.is_inference():
-            value = _copy_of_inference_tensor(value)
-        else:
-            tensors.append(value)
+        if torch.compiler.is_dynamo_compiling() or value.is_inference():
+            return _copy(value)
+        tensors.append(value)
         return value
     if kind is DeferredOutput or kind in _IMMUTABLE:
         return value
@@ -292,33 +294,37 @@ def _frozen(value: Any, tensors: list[Tensor]) -> Any:
     raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
 
 
-def _copy_of_inference_tensor(tensor: Tensor) -> Tensor:
-    """Inference tensors do not count their modifications, so the captured one is a copy."""
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor whose modifications cannot be counted.
+
+    That is so for inference tensors, and for all tensors while torch.compile traces; Inductor
+    removes the copy again where nothing modifies the original.
+    """
     copy = tensor.clone()
     if copy.stride() != tensor.stride():
-        raise NotCapturableError("got an inference tensor with overlapping memory")
+        raise NotCapturableError("got a tensor with overlapping memory")
     return copy
 
 
-def _versions(tensors: list[Tensor]) -> list[int]:
+def _versions(tensors: list[Tensor]) -> list[int] | None:
     if torch.compiler.is_dynamo_compiling():
-        _compare_while_tracing(tensors)
-        return []
+        _look_at_trace(tensors)
+        return None
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
         raise NotCapturableError("has a weight that is an inference tensor") from None
 
 
-def _modified(tensors: list[Tensor], versions: list[int]) -> bool:
+def _modified(tensors: list[Tensor], versions: list[int] | None) -> bool:
     if torch.compiler.is_dynamo_compiling():
-        _compare_while_tracing(tensors)
+        _look_at_trace(tensors)
         return False
-    return [tensor._version for tensor in tensors] != versions
+    return versions is not None and [tensor._version for tensor in tensors] != versions
 
 
-def _compare_while_tracing(tensors: list[Tensor]) -> None:
-    """Look for modifications while torch.compile traces, where `_version` is not a number."""
+def _look_at_trace(tensors: list[Tensor]) -> None:
+    """Look at the weights, and at the code, that torch.compile traces."""
     from torch._dynamo.comptime import comptime
 
     for tensor in tensors:  # noqa: B007
@@ -326,7 +332,7 @@ def _compare_while_tracing(tensors: list[Tensor]) -> None:
 
 
 def _check_traced(ctx: Any) -> None:
-    """Compare a captured tensor, and the code traced since, with the first time it was seen.
+    """Compare a weight, and the code traced since, with the first time it was looked at.
 
     torch.compile answers `isinstance` and `type` from the class alone, so code that asks for
     tensors must not have seen the deferred value.
@@ -337,16 +343,16 @@ def _check_traced(ctx: Any) -> None:
     seen, first = fake.__dict__.setdefault("_when_captured", (len(traced), version))
     if version != first:
         raise DeferredUseError(
-            "A captured input was modified in place before the output it belongs to was used. "
-            "Unfuse the modules before torch.compile: unfuse_modules(model)."
+            "A weight of a fused module was modified in place between the module's call and the "
+            "use of its output. Unfuse before torch.compile: unfuse_modules(model)."
         )
     for code in traced[seen:]:
         if asks_for_types(code) and not code.co_filename.startswith(_TORCH_AND_SELF):
             raise DeferredUseError(
-                f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} asks for "
-                f"types between the call of a fused module and the use of its output, and "
-                f"torch.compile would let it take the captured call for no tensor. Unfuse the "
-                f"modules before torch.compile: unfuse_modules(model)."
+                f"{getattr(code, 'co_qualname', code.co_name)} asks for types between the call "
+                f"of a fused module and the use of its output, and torch.compile would let it "
+                f"take the captured call for no tensor. Unfuse before torch.compile: "
+                f"unfuse_modules(model)."
             )
 
 

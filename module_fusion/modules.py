@@ -160,7 +160,9 @@ class FusedModule(_Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self._fusion
         chain = state.chain
-        if not state.armed or (state.running and thread() in state.running):
+        if state.running and thread() in state.running:
+            return super().__call__(*args, **kwargs)
+        if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
                 chain.count_members_run()
             return super().__call__(*args, **kwargs)

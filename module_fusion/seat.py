@@ -7,6 +7,7 @@ at each call whether the kernel may run, and gathers its inputs.
 
 from __future__ import annotations
 
+import keyword
 import sys
 import weakref
 from collections.abc import Sequence
@@ -70,13 +71,16 @@ class FusedKernel(nn.Module):
             if armed:
                 state.form = MemberForm(member, original_class)
         self.__dict__["_armed"] = armed
-        self.__dict__["_layer"] = _layer_with_forward(self.kernel) if armed else None
+        self.__dict__["_capabilities"] = _capabilities(self.kernel)
 
     def extra_repr(self) -> str:
         return "" if self.__dict__["_armed"] else "no kernel"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a kernel's seat is copied with its FusedModule")
+
+
+_ANY_SEAT = FusedKernel()
 
 
 class Chain:
@@ -119,7 +123,7 @@ class Chain:
             _members=tuple(weakref.ref(member) for member in (*self.collectors, last)),
             _plan=self.plan,
             _armed=False,
-            _layer=None,
+            _capabilities={},
             _refusal=self.refusal,
         )
         seat.training = last.training
@@ -174,7 +178,7 @@ class Chain:
         now = calling_context()
         for call in calls:
             if call.context != now:
-                return [], "the members are called under different grad modes, hooks or modes"
+                return [], "the members are called under different grad modes, hooks or graphs"
         for call in calls:
             call.check_unmodified()
             weights.extend(call.tensors)
@@ -221,7 +225,7 @@ class Chain:
                 args, kwargs = call.args, call.kwargs
             values = member.bind(args, kwargs)
             if isinstance(values, str):
-                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec omits"
+                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec leaves out"
             for position, source in enumerate(member.sources):
                 value = values[position]
                 if isinstance(source, Wire):
@@ -273,8 +277,8 @@ class Chain:
     def _refusal_of_kernel(
         self, seat: FusedKernel, inputs: list[Any], weights: list[Tensor]
     ) -> str | None:
-        layer = seat.__dict__["_layer"]
-        if torch.compiler.is_dynamo_compiling() and not getattr(layer, "can_torch_compile", False):
+        can = seat.__dict__["_capabilities"]
+        if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
             return "the kernel does not support torch.compile"
         tensors = list(weights)
         for value in inputs:
@@ -288,7 +292,7 @@ class Chain:
             if tensor.device != tensors[0].device:
                 return f"inputs and weights are on {tensor.device} and {tensors[0].device}"
         needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if needs_backward and not getattr(layer, "has_backward", True):
+        if needs_backward and not can["has_backward"]:
             return "gradients are needed and the kernel has no backward"
         return None
 
@@ -352,7 +356,8 @@ def _role(index: int) -> property:
 def check_roles(roles: tuple[str, ...]) -> None:
     """Refuse names by which a kernel could not reach the members."""
     for role in roles:
-        if not role.isidentifier() or hasattr(FusedKernel, role) or roles.count(role) > 1:
+        usable = role.isidentifier() and not keyword.iskeyword(role)
+        if not usable or hasattr(_ANY_SEAT, role) or roles.count(role) > 1:
             raise SpecMismatchError(
                 f"{role!r} cannot be the name by which a kernel reaches a member: it must be an "
                 f"identifier, used once, and no attribute of nn.Module. Give the roles yourself: "
@@ -360,17 +365,18 @@ def check_roles(roles: tuple[str, ...]) -> None:
             )
 
 
-def _layer_with_forward(function: Any) -> type[nn.Module] | None:
-    """The layer class that `kernels.kernelize` took the function from.
+def _capabilities(function: Any) -> dict[str, bool]:
+    """What the layer class declares that `kernels.kernelize` took the function from.
 
-    The seat gets the function alone, and what the kernel supports is written on the class.
+    The seat gets the function alone. Where several classes share it, all have to agree.
     """
     from kernels.layer.layer import _CACHED_LAYER
 
-    for layer in _CACHED_LAYER.values():
-        if layer.__dict__.get("forward") is function or getattr(layer, "forward", None) is function:
-            return layer
-    return None
+    layers = [c for c in _CACHED_LAYER.values() if getattr(c, "forward", None) is function]
+    return {
+        "has_backward": all(getattr(layer, "has_backward", True) for layer in layers),
+        "can_torch_compile": all(getattr(layer, "can_torch_compile", False) for layer in layers),
+    }
 
 
 def _is_importable(function: Any) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 _COMMON = {
@@ -15,3 +18,10 @@ settings.register_profile("quick", max_examples=100, **_COMMON)
 settings.register_profile("ci", max_examples=2500, **_COMMON)
 settings.register_profile("deep", max_examples=200_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Graphs of other tests count towards the recompile limit of the code they share."""
+    yield
+    torch.compiler.reset()

@@ -219,8 +219,37 @@ def test_a_weight_modified_in_place_before_use_is_an_error(x: Tensor) -> None:
         model(x)
 
 
-def test_torch_compile_notices_an_input_modified_in_place_before_use(x: Tensor) -> None:
-    model = model_of(modified_between, x.device)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "broken graph"])
+def test_under_torch_compile_a_captured_input_keeps_its_value(
+    x: Tensor, backend: str, broken: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x * 1
+        h = self.norm(x)
+        if broken:
+            torch._dynamo.graph_break()
+        x.add_(1)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model)
+        torch._dynamo.reset()
+        model[0].norm.calls = 0
+        got = torch.compile(model, backend=backend, fullgraph=not broken)(x)
+    torch.testing.assert_close(got, expected)
+    assert broken or model[0].norm.calls == 0
+
+
+def test_torch_compile_notices_a_weight_modified_in_place_before_use(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        self.norm.weight.mul_(2)
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
     fuse(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), pytest.raises(Exception, match=r"DeferredUseError.*modified in place"):

@@ -1,0 +1,558 @@
+"""The kernel's seat: what `kernels.kernelize` finds, what runs, and when the kernel steps aside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernels import Mode, kernelize, use_kernel_forward_from_hub
+from structure import structure
+from support import PATHS, InMemoryRepository, Model, WeightKernel, mapped, members_kernel, runs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from module_fusion import (
+    ModuleSpec,
+    NotFusableError,
+    SpecMismatchError,
+    fuse_modules,
+    report,
+    unfuse_modules,
+)
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+class InferenceKernel(nn.Module):
+    """Declares that it has no backward."""
+
+    can_torch_compile = True
+    has_backward = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WeightKernel.forward(self, x)
+
+
+class EagerKernel(nn.Module):
+    """Declares that torch.compile cannot trace it."""
+
+    can_torch_compile = False
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WeightKernel.forward(self, x)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def x(device: str) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 8, device=device)
+
+
+@pytest.fixture
+def model(device: str) -> Model:
+    torch.manual_seed(1)
+    return Model(2).to(device)
+
+
+def fuse(model: nn.Module, kernel: type[nn.Module] = WeightKernel, **options: Any) -> None:
+    with mapped(RMSNormMLP=kernel):
+        fuse_modules(model, PATHS, kernel="RMSNormMLP", **options)
+
+
+def last_reasons(model: nn.Module) -> list[str | None]:
+    return [group.reason for group in report(model).groups]
+
+
+def test_the_seat_is_a_submodule_without_parameters_that_carries_the_kernel_name(
+    model: Model,
+) -> None:
+    keys = list(model.state_dict())
+    fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    seat = model.get_submodule("layers.0.mlp.fused_kernel")
+    assert dict(model.named_modules())["layers.0.mlp.fused_kernel"] is seat
+    assert seat is model.layers[0].mlp.fused_kernel
+    assert type(seat).kernel_layer_name == "RMSNormMLP"
+    assert list(seat.parameters()) == []
+    assert list(model.state_dict()) == keys
+    assert seat.norm is model.layers[0].norm
+    assert seat.mlp is model.layers[0].mlp
+    assert type(seat) is type(model.layers[1].mlp.fused_kernel)
+
+
+def test_without_a_kernel_there_is_no_seat(model: Model) -> None:
+    fuse_modules(model, PATHS)
+    assert not hasattr(model.layers[0].mlp, "fused_kernel")
+    assert not any(name.endswith("fused_kernel") for name, _ in model.named_modules())
+
+
+def test_a_member_that_goes_through_its_own_children_does_not_meet_the_seat(x: Tensor) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(8, 8), nn.Tanh())).to(x.device)
+    expected = model(x)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"first": "0", "second": "1"}, kernel="Kernel")
+    assert len(model[1]) == 2
+    assert [type(child) for child in model[1].children()] == [nn.Linear, nn.Tanh]
+    assert torch.equal(model(x), expected)
+
+
+class Attention(nn.Module):
+    def forward(
+        self, hidden: Tensor, cos: Tensor, mask: Tensor | None = None, *, scale: float = 1.0
+    ) -> Tensor:
+        hidden = hidden * cos * scale
+        return hidden if mask is None else hidden + mask
+
+
+class Attended(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), Attention()
+
+    def forward(self, x: Tensor, cos: Tensor, mask: Tensor | None, style: str) -> Tensor:
+        h = self.norm(x)
+        if style == "positional":
+            return self.attention(h, cos, mask)
+        if style == "keyword":
+            return self.attention(mask=mask, cos=cos, hidden=h)
+        return self.attention(h, cos=cos, scale=2.0)
+
+
+def test_the_seat_has_the_chain_s_own_signature_with_the_extra_inputs_of_every_member() -> None:
+    model = nn.Sequential(Attended())
+    fuse_modules(model, ["0.norm", "0.attention"], kernel="Kernel")
+    seat = model[0].attention.fused_kernel
+    assert str(inspect.signature(seat.forward)) == "(input, cos, mask=None, scale=1.0)"
+    assert str(inspect.signature(type(seat).forward)) == "(self, input, cos, mask=None, scale=1.0)"
+
+
+@pytest.mark.parametrize("style", ["positional", "keyword", "scaled"])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_extra_inputs_are_captured_at_the_member_s_own_call(
+    x: Tensor, style: str, with_mask: bool
+) -> None:
+    model = nn.Sequential(Attended()).to(x.device)
+    call = (x, x + 1, x - 1 if with_mask else None, style)
+    expected = model[0](*call)
+    seen: list[tuple[Any, ...]] = []
+
+    class Recorder(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, a, b, c, d):  # type: ignore[no-untyped-def]
+            seen.append((a, b, c, d))
+            return type(self).forward(self, a, b, c, d)
+
+    with mapped(Kernel=Recorder):
+        fuse_modules(model, ["0.norm", "0.attention"], kernel="Kernel")
+    assert torch.equal(model[0](*call), expected)
+    [(a, b, c, d)] = seen
+    assert a is x
+    assert b is call[1]
+    assert c is (None if style == "scaled" else call[2])
+    assert d == (2.0 if style == "scaled" else 1.0)
+
+
+def test_an_input_that_the_spec_leaves_out_makes_the_members_run_when_it_is_passed(
+    x: Tensor,
+) -> None:
+    model = nn.Sequential(Attended()).to(x.device)
+    call = (x, x + 1, x - 1, "positional")
+    expected = model[0](*call)
+    kernel = members_kernel(2)
+    specs = [ModuleSpec(["x"], ["hidden"]), ModuleSpec(["hidden", "cos"])]
+    with mapped(Kernel=kernel):
+        fuse_modules(model, ["0.norm", "0.attention"], specs, kernel="Kernel")
+    assert torch.equal(model[0](*call), expected)
+    assert runs(kernel) == 0
+    assert last_reasons(model) == ["'attention' got 'mask', which its spec leaves out"]
+    model[0](x, x + 1, None, "keyword")
+    assert last_reasons(model) == ["'attention' got 'mask', which its spec leaves out"]
+
+
+def test_one_name_for_two_inputs_must_be_one_object_at_run_time(x: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Attention(), Attention()
+
+        def forward(self, x: Tensor, cos: Tensor, other: Tensor) -> Tensor:
+            return self.second(self.first(x, cos), other)
+
+    model = nn.Sequential(Twice())
+    kernel = members_kernel(2)
+    specs = [ModuleSpec(["x", "cos"], ["h"]), ModuleSpec(["h", "cos"])]
+    with mapped(Kernel=kernel):
+        fuse_modules(model, ["0.first", "0.second"], specs, kernel="Kernel")
+    assert torch.equal(model[0](x, x, x + 1), x * x * (x + 1))
+    assert runs(kernel) == 0
+    assert last_reasons(model) == ["two members got different values for 'cos'"]
+    assert torch.equal(model[0](x, x, x), x * x * x)
+    assert runs(kernel) == 1
+
+
+@pytest.mark.parametrize(
+    "mode", [Mode.INFERENCE, Mode.TRAINING, Mode.TRAINING | Mode.TORCH_COMPILE]
+)
+def test_kernelize_called_by_the_user_replaces_the_seat_and_only_it(
+    model: Model, x: Tensor, mode: Mode, device: str
+) -> None:
+    expected = model(x)
+    fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    before = {n: dict(m.__dict__) for n, m in model.named_modules() if "fused_kernel" not in n}
+    for block in model.layers:
+        block.norm.calls = block.mlp.calls = 0
+    with mapped(RMSNormMLP=WeightKernel):
+        kernelize(model, mode=mode, device=device)
+    for name, module in model.named_modules():
+        if "fused_kernel" in name:
+            assert module.forward.__func__ is WeightKernel.forward
+        else:
+            assert list(module.__dict__) == list(before[name])
+    assert torch.equal(model(x), expected)
+    assert model.calls() == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_kernel_runs_and_the_members_do_not(
+    model: Model, x: Tensor, compiled: bool, with_gradients: bool
+) -> None:
+    expected = model(x)
+    expected.sum().backward()
+    wanted = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    fuse(model)
+    for block in model.layers:
+        block.norm.calls = block.mlp.calls = 0
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.set_grad_enabled(with_gradients):
+        got = run(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    if with_gradients:
+        got.sum().backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], wanted)
+    assert model.calls() == [(0, 0), (0, 0)]
+    if not compiled:
+        assert [g.kernel_calls for g in report(model).groups] == [1, 1]
+
+
+def test_the_graph_of_a_compiled_model_holds_the_kernel_s_operations_once(x: Tensor) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = Model(2).to(x.device)
+    fuse(model)
+    torch.compile(model, backend=backend, fullgraph=True)(x)
+    [graph] = graphs
+    roots = [n for n in graph.graph.nodes if "rsqrt" in str(n.target)]
+    assert len(roots) == len(model.layers)
+
+
+def step_hook(model: Model) -> None:
+    model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: None)
+
+
+def step_norm_hook(model: Model) -> None:
+    model.layers[0].norm.register_forward_pre_hook(lambda module, args: None)
+
+
+def step_backward_hook(model: Model) -> None:
+    model.layers[0].mlp.register_full_backward_hook(lambda module, given, taken: None)
+
+
+def step_forward(model: Model) -> None:
+    original = model.layers[0].mlp.forward
+    model.layers[0].mlp.forward = lambda x: original(x)
+
+
+def step_adapter(model: Model) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.extra = nn.Parameter(torch.ones_like(base.weight))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + F.linear(x, self.extra)
+
+    model.layers[0].mlp.gate_proj = Adapter(model.layers[0].mlp.gate_proj)
+
+
+def step_parametrization(model: Model) -> None:
+    parametrizations.weight_norm(model.layers[0].mlp.up_proj)
+
+
+def step_subclass(model: Model) -> None:
+    class Scaled(Tensor):
+        pass
+
+    weight = model.layers[0].norm.weight
+    model.layers[0].norm.weight = nn.Parameter(weight.detach().as_subclass(Scaled))
+
+
+def step_class(model: Model) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model.layers[0].mlp.up_proj.__class__ = Twice
+
+
+def step_parameter(model: Model) -> None:
+    model.layers[0].mlp.up_proj.register_parameter(
+        "bias", nn.Parameter(torch.ones(16, device=model.layers[0].norm.weight.device))
+    )
+
+
+STEPS = {
+    "mlp.up_proj has a hook": step_hook,
+    "norm has a hook": step_norm_hook,
+    "mlp has a hook": step_backward_hook,
+    "mlp has an instance-level forward": step_forward,
+    "mlp.gate_proj is a Adapter, was a Linear": step_adapter,
+    "mlp.up_proj is a ParametrizedLinear, was a Linear": step_parametrization,
+    "norm has a weight of type Scaled": step_subclass,
+    "mlp.up_proj is a Twice, was a Linear": step_class,
+    "mlp.up_proj has another bias than before": step_parameter,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reason", STEPS)
+def test_the_kernel_steps_aside_for_that_call(
+    model: Model, x: Tensor, reason: str, compiled: bool
+) -> None:
+    fuse(model)
+    model(x)
+    STEPS[reason](model)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    if compiled and "hook" in reason and "backward" in STEPS[reason].__name__:
+        run = torch.compile(model, backend="eager")
+    got = run(x)
+    groups = report(model).groups
+    if not compiled:
+        assert (groups[0].kernel_calls, groups[0].member_calls) == (1, 1)
+        assert str(groups[0].reason).startswith(reason)
+        # A tensor subclass in the first block makes the input of the second one.
+        assert groups[1].kernel_calls == (1 if "Scaled" in reason else 2)
+    unfuse_modules(model)
+    assert torch.equal(got, model(x))
+
+
+def test_the_kernel_runs_again_when_the_hook_is_gone(model: Model, x: Tensor) -> None:
+    fuse(model)
+    handle = model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: None)
+    model(x)
+    handle.remove()
+    model(x)
+    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(1, 1), (2, 0)]
+
+
+def test_a_global_hook_makes_the_members_run(model: Model, x: Tensor) -> None:
+    fuse(model)
+    called: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: called.append(type(module).__name__)
+    )
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert called.count("Linear") == 6
+    assert last_reasons(model)[0] is not None
+    assert "a global module hook is registered" in str(last_reasons(model)[0])
+
+
+def test_a_kernel_without_backward_runs_only_where_no_gradient_is_needed(
+    model: Model, x: Tensor
+) -> None:
+    expected = model(x)
+    expected.sum().backward()
+    wanted = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    fuse(model, InferenceKernel, mode=Mode.INFERENCE)
+    got = model(x)
+    got.sum().backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted, strict=True))
+    assert last_reasons(model)[0] == "gradients are needed and the kernel has no backward"
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    model.requires_grad_(False)
+    assert torch.equal(model(x), expected)
+    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(2, 1), (2, 1)]
+
+
+def test_a_kernel_that_torch_compile_cannot_trace_runs_in_eager_mode_only(
+    model: Model, x: Tensor
+) -> None:
+    expected = model(x)
+    fuse(model, EagerKernel)
+    for block in model.layers:
+        block.norm.calls = block.mlp.calls = 0
+    assert torch.equal(model(x), expected)
+    assert model.calls() == [(0, 0), (0, 0)]
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert model.calls() == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("change", ["dtype", "autocast", "input"])
+def test_a_dtype_the_kernel_was_not_chosen_for_runs_the_members(
+    model: Model, x: Tensor, change: str
+) -> None:
+    fuse(model)
+    if change == "dtype":
+        model.double()
+        x = x.double()
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=change == "autocast"):
+        if change == "input":
+            x = x.double()
+            model.layers[0].mlp = model.layers[0].mlp.double()
+            model.layers[0](x)
+        else:
+            model(x)
+    group = report(model).groups[0]
+    assert (group.kernel_calls, group.member_calls) == (0, 1)
+    assert group.reason is not None
+
+
+def test_a_mapping_from_role_to_path_names_the_members(model: Model, x: Tensor) -> None:
+    class Swapped(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0 + self.first.weight.sum() + self.last.up_proj.weight.sum()
+
+    with mapped(Kernel=Swapped):
+        fuse_modules(model, {"first": "layers.0.norm", "last": "layers.0.mlp"}, kernel="Kernel")
+    block = model.layers[0]
+    wanted = x + (x * 0 + block.norm.weight.sum() + block.mlp.up_proj.weight.sum())
+    assert torch.equal(block(x), wanted)
+
+
+def test_a_kernel_may_call_the_members(model: Model, x: Tensor) -> None:
+    class Calling(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.norm(x))
+
+    expected = model(x)
+    fuse(model, Calling)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert [g.kernel_calls for g in report(model).groups] == [1, 1]
+
+
+def test_a_chain_of_one_runs_its_kernel(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(8, 4)).to(x.device)
+
+    class Half(nn.Module):
+        can_torch_compile = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.proj.weight) / 2
+
+    with mapped(Half=Half):
+        fuse_modules(model, {"proj": "0"}, kernel="Half")
+    assert torch.equal(model(x), F.linear(x, model[0].weight) / 2)
+
+
+@pytest.mark.parametrize("role", ["0", "forward", "training", "class", "fused kernel"])
+def test_a_role_that_cannot_be_an_attribute_is_refused(model: Model, role: str) -> None:
+    before = structure(model)
+    with pytest.raises(SpecMismatchError, match="cannot be the name by which a kernel reaches"):
+        fuse_modules(model, {role: "layers.0.norm", "mlp": "layers.0.mlp"}, kernel="Kernel")
+    assert structure(model) == before
+
+
+class WrongSignature(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
+class Unloadable(InMemoryRepository):
+    def load(self) -> type[nn.Module]:
+        raise FileNotFoundError("no such kernel")
+
+
+@pytest.mark.parametrize("failing", ["signature", "load", "second block", "no mapping"])
+def test_a_failing_kernelize_leaves_the_model_as_it_was(
+    model: Model, x: Tensor, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import use_kernel_mapping
+
+    from module_fusion import surgery
+
+    repository: Any = InMemoryRepository(WeightKernel)
+    if failing == "signature":
+        repository = InMemoryRepository(WrongSignature)
+    if failing == "load":
+        repository = Unloadable(WrongSignature)
+    if failing == "second block":
+        seats: list[nn.Module] = []
+
+        def second_fails(seat: nn.Module, **options: Any) -> None:
+            if seats:
+                raise RuntimeError("no more kernels")
+            seats.append(seat)
+            kernelize(seat, **options)
+
+        monkeypatch.setattr(surgery, "kernelize", second_fails)
+    mapping = {} if failing == "no mapping" else {"K": {"cpu": repository, "cuda": repository}}
+    before = structure(model)
+    with (
+        use_kernel_mapping(mapping, inherit_mapping=False),
+        pytest.raises(NotFusableError, match=r"'K' cannot take over .* The model is as it was"),
+    ):
+        fuse_modules(model, PATHS, kernel="K", use_fallback=False)
+    assert structure(model) == before
+    assert "Nothing is fused" in str(report(model))
+
+
+def test_the_same_call_again_picks_up_a_kernel_registered_since(model: Model, x: Tensor) -> None:
+    fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    model(x)
+    assert last_reasons(model)[0] == "no kernel was loaded for 'RMSNormMLP'"
+    fuse(model)
+    model(x)
+    assert [g.kernel_calls for g in report(model).groups] == [1, 1]
+
+
+def test_other_kernelizable_layers_of_the_model_are_left_alone(x: Tensor) -> None:
+    @use_kernel_forward_from_hub("RMSNormMLP")
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = Model(1).to(x.device)
+    model.other = Other()
+    fuse(model)
+    assert "forward" not in model.other.__dict__
+
+
+def test_the_seat_called_directly_is_the_chain(model: Model, x: Tensor) -> None:
+    block = model.layers[0]
+    expected = block.mlp(block.norm(x))
+    fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    assert torch.equal(block.mlp.fused_kernel(x), expected)
+
+
+def test_train_and_eval_reach_the_seat(model: Model) -> None:
+    fuse(model)
+    model.eval()
+    assert not model.layers[0].mlp.fused_kernel.training
+    model.train()
+    assert model.layers[0].mlp.fused_kernel.training
