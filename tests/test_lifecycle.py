@@ -1,0 +1,315 @@
+"""The life of a fused model: copies, files, dtypes, devices, optimizers, other patchers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from structure import structure
+from support import PATHS, Block, Mlp, Model, Norm, WeightKernel, mapped
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from module_fusion import (
+    FusedModule,
+    FusionError,
+    RegistryCollector,
+    fuse_modules,
+    report,
+    unfuse_modules,
+)
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def x(request: pytest.FixtureRequest) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 8, device=request.param)
+
+
+@pytest.fixture
+def model(x: Tensor) -> Model:
+    torch.manual_seed(1)
+    return Model(2).to(x.device)
+
+
+def fuse(model: nn.Module, kernel: type[nn.Module] = WeightKernel) -> None:
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+
+
+def kernel_calls(model: nn.Module) -> list[int]:
+    return [group.kernel_calls for group in report(model).groups]
+
+
+def reset_calls(model: Model) -> None:
+    for block in model.layers:
+        block.norm.calls = block.mlp.calls = 0
+
+
+def copies(model: nn.Module, how: str, tmp_path: Path) -> nn.Module:
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))  # type: ignore[no-any-return]
+    file = tmp_path / "model.pt"
+    torch.save(model, file)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_is_fused_and_independent_of_the_original(
+    model: Model, x: Tensor, how: str, tmp_path: Path
+) -> None:
+    plain = [(type(m), list(vars(m))) for m in model.modules()]
+    fuse(model)
+    expected = model(x)
+    copied: Any = copies(model, how, tmp_path)
+    del model
+    gc.collect()
+    assert [type(b.norm).__name__ for b in copied.layers] == ["RegistryCollector[Norm]"] * 2
+    assert isinstance(copied.layers[0].mlp, FusedModule)
+    assert isinstance(copied.layers[0].norm, RegistryCollector)
+    reset_calls(copied)
+    assert torch.equal(copied(x), expected)
+    assert copied.calls() == [(0, 0), (0, 0)]
+    assert kernel_calls(copied) == [2, 2]
+    with torch.no_grad():
+        copied.layers[0].norm.weight.mul_(2)
+    changed = copied(x)
+    unfuse_modules(copied)
+    assert torch.equal(copied(x), changed)
+    assert [(type(m), list(vars(m))) for m in copied.modules()] == plain
+
+
+def test_a_copy_made_before_is_not_touched_and_the_original_not_by_its_copy(
+    model: Model, x: Tensor
+) -> None:
+    before = copy.deepcopy(model)
+    expected = model(x)
+    fuse(model)
+    copied = copy.deepcopy(model)
+    unfuse_modules(copied)
+    assert type(before.layers[0].mlp).__name__ == type(copied.layers[0].mlp).__name__ == "Mlp"
+    assert kernel_calls(model) == [0, 0]
+    assert torch.equal(model(x), expected)
+    assert kernel_calls(model) == [1, 1]
+
+
+def test_members_copied_alone_work_alone(model: Model, x: Tensor) -> None:
+    norm, mlp = model.layers[0].norm, model.layers[0].mlp
+    expected = norm(x), mlp(x)
+    fuse(model)
+    for copied in (copy.deepcopy(norm), copy.copy(norm), pickle.loads(pickle.dumps(norm))):
+        assert type(copied(x)) is Tensor
+        assert torch.equal(copied(x), expected[0])
+        unfuse_modules(copied)
+        assert type(copied).__name__ == "Norm"
+    for copied in (copy.deepcopy(mlp), copy.copy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert torch.equal(copied(x), expected[1])
+        unfuse_modules(copied)
+        assert type(copied).__name__ == "Mlp"
+    model(x)
+    assert kernel_calls(model) == [1, 1]
+
+
+def test_a_class_with_its_own_reduce_is_refused_with_a_reason() -> None:
+    class Own(nn.Linear):
+        def __reduce__(self) -> Any:
+            return Own, (8, 8)
+
+    model = nn.Sequential(nn.LayerNorm(8), Own(8, 8))
+    fuse_modules(model, ["0", "1"])
+    with pytest.raises(FusionError, match=r"'1' cannot be copied or pickled while it is fused"):
+        copy.deepcopy(model)
+
+
+def test_state_dicts_load_both_ways(model: Model, x: Tensor) -> None:
+    other = Model(2).to(x.device)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(x)
+    fuse(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert list(loaded) == list(plain)
+    assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+    assert other.load_state_dict(loaded) == ([], [])
+    assert torch.equal(other(x), expected)
+    fuse(other)
+    assert other.load_state_dict(Model(2).to(x.device).state_dict()) == ([], [])
+    assert other.load_state_dict(plain) == ([], [])
+    assert torch.equal(other(x), expected)
+
+
+def test_names_objects_and_order_stay(model: Model) -> None:
+    parameters = [(name, id(p)) for name, p in model.named_parameters()]
+    modules = [(name, id(m)) for name, m in model.named_modules()]
+    children = [list(map(id, module.children())) for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
+    fuse(model)
+    assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
+    assert [(n, id(m)) for n, m in model.named_modules() if "fused_kernel" not in n] == modules
+    plain = [m for n, m in model.named_modules() if "fused_kernel" not in n]
+    assert [list(map(id, module.children())) for module in plain] == children
+    assert all(isinstance(m, cls) for m, cls in zip(plain, classes, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_change_of_dtype_runs_the_members_until_the_kernel_is_chosen_again(
+    model: Model, x: Tensor, dtype: torch.dtype
+) -> None:
+    fuse(model)
+    model.to(dtype)
+    got = model(x.to(dtype))
+    assert kernel_calls(model) == [0, 0]
+    assert "call kernelize again" in str(report(model).groups[0].reason)
+    fuse(model)
+    assert torch.equal(model(x.to(dtype)), got)
+    assert kernel_calls(model) == [1, 1]
+    unfuse_modules(model)
+    assert torch.equal(model(x.to(dtype)), got)
+
+
+def test_a_model_fused_on_meta_can_be_filled(x: Tensor) -> None:
+    source = Model(2).to(x.device)
+    with torch.device("meta"):
+        model = Model(2)
+    fuse(model)
+    model.to_empty(device=x.device)
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model(x), source(x))
+    fuse(model)
+    assert torch.equal(model(x), source(x))
+    assert kernel_calls(model) == [1, 1]
+    unfuse_modules(model)
+    assert torch.equal(model(x), source(x))
+
+
+def test_requires_grad_stays_and_can_be_changed(model: Model, x: Tensor) -> None:
+    model.layers[0].norm.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    fuse(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
+    model.layers[1].requires_grad_()
+    model(x).sum().backward()
+    unfuse_modules(model)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_training_through_fuse_and_unfuse_is_training_unfused(
+    model: Model, x: Tensor, with_kernel: bool
+) -> None:
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, twin)]
+
+    def step() -> None:
+        for trained, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            trained(x).pow(2).sum().backward()
+            optimizer.step()
+
+    for _ in range(3):
+        step()
+        if with_kernel:
+            fuse(model)
+        else:
+            fuse_modules(model, PATHS)
+        step()
+        unfuse_modules(model)
+    step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    saved, loaded = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert saved.keys() == loaded.keys()
+
+
+def test_averaged_models_and_train_eval_flips_work(model: Model, x: Tensor) -> None:
+    fuse(model)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(x), model(x))
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_other_models_other_layers_and_the_classes_are_untouched(model: Model, x: Tensor) -> None:
+    other = Model(2).to(x.device)
+    before = structure(other)
+    classes = {cls: dict(vars(cls)) for cls in (Norm, Mlp, Block, nn.Linear, nn.Module)}
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, ["layers.0.norm", "layers.0.mlp"], kernel="Kernel")
+    model(x)
+    assert structure(other) == before
+    assert type(model.layers[1].mlp) is Mlp
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+
+
+def test_swapped_classes_are_made_once_and_freed_with_the_last_module(x: Tensor) -> None:
+    class Local(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.LayerNorm(8), Local(8, 8), nn.LayerNorm(8), Local(8, 8))
+    fuse_modules(model, ["0", "1"])
+    fuse_modules(model, ["2", "3"])
+    assert type(model[1]) is type(model[3])
+    alive = weakref.ref(type(model[1]))
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_second_class_swap_on_top_works_and_is_undone_first(model: Model, x: Tensor) -> None:
+    from module_fusion import UnfuseError
+
+    expected = model(x)
+    fuse(model)
+    member = model.layers[0].mlp
+    swapped = type(member)
+    member.__class__ = type("Outer", (swapped,), {})
+    assert torch.equal(model(x), expected)
+    assert kernel_calls(model)[0] == 0
+    before = structure(model)
+    with pytest.raises(UnfuseError, match=r"The class of 'layers.0.mlp' is Outer; it was "):
+        unfuse_modules(model)
+    assert structure(model) == before
+    member.__class__ = swapped
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_member_replaced_after_fusing_is_left_out_and_the_rest_is_restored(
+    model: Model, x: Tensor
+) -> None:
+    fuse(model)
+    model.layers[0].mlp = Mlp(8).to(x.device)
+    got = model(x)
+    assert len(report(model).groups) == 1
+    unfuse_modules(model)
+    assert type(model.layers[0].norm).__name__ == "Norm"
+    assert type(model.layers[0]).__name__ == "Block"
+    assert torch.equal(model(x), got)
+
+
+def test_a_kernel_of_another_model_is_not_run(model: Model, x: Tensor) -> None:
+    fuse(model)
+    other = copy.deepcopy(model)
+    model.layers[0].norm = other.layers[0].norm
+    got = model(x)
+    assert kernel_calls(model) == [0, 1]
+    unfuse_modules(model)
+    assert torch.equal(model(x), got)
