@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+CONTAINERS = tuple(
+    name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set))
+)
+
 
 class Identity:
     """Equal only to the identity of the very same object, which it keeps alive.
@@ -64,7 +68,7 @@ def structure(model: nn.Module) -> Structure:
 
 def _structure_of(module: nn.Module) -> ModuleStructure:
     own = module.__dict__
-    containers = [name for name, value in own.items() if isinstance(value, (dict, set))]
+    containers = [name for name in CONTAINERS if name in own]
     return ModuleStructure(
         module=Identity(module),
         cls=Identity(type(module)),

@@ -1,0 +1,275 @@
+"""Other libraries that change modules, before and after fusing: the result is the unfused one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import PATHS, Model, WeightKernel, mapped
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from module_fusion import UnfuseError, fuse_modules, report, unfuse_modules
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def x(request: pytest.FixtureRequest) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 8, device=request.param)
+
+
+@pytest.fixture
+def model(x: Tensor) -> Model:
+    torch.manual_seed(1)
+    return Model(2).to(x.device)
+
+
+def fuse(model: nn.Module, paths: list[str] = PATHS) -> None:
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, paths, kernel="Kernel")
+
+
+def reason(model: nn.Module) -> str:
+    return str(report(model).groups[0].reason)
+
+
+def lora(model: nn.Module, target: str) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    return inject_adapter_in_model(config, model)
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "down_proj"])
+@pytest.mark.parametrize("fuse_first", [True, False])
+def test_lora_on_a_linear_inside_a_member(
+    model: Model, x: Tensor, target: str, fuse_first: bool
+) -> None:
+    twin = lora(copy.deepcopy(model), target)
+    if fuse_first:
+        fuse(model)
+    model = lora(model, target)
+    if not fuse_first:
+        fuse(model)
+    assert torch.equal(model(x), twin(x))
+    if fuse_first:
+        assert f"mlp.{target} is a Linear, was a Linear" in reason(model)
+    model(x).sum().backward()
+    twin(x).sum().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    for layer, other in zip(model.modules(), twin.modules(), strict=False):
+        if hasattr(layer, "merge") and hasattr(other, "merge"):
+            layer.merge()
+            other.merge()
+    assert torch.equal(model(x), twin(x))
+    unfuse_modules(model)
+    assert torch.equal(model(x), twin(x))
+    assert list(model.state_dict()) == list(twin.state_dict())
+
+
+def test_a_peft_model_around_a_fused_model_and_fused_through_it(x: Tensor) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).to(x.device)
+    tokens = torch.arange(6, device=x.device)[None]
+    settings = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    twin = get_peft_model(copy.deepcopy(base), settings)
+    torch.manual_seed(1)
+    wrapped = get_peft_model(base, settings)
+    expected = twin(tokens).logits
+    fuse_modules(wrapped, ["**.post_attention_layernorm", "**.mlp"])
+    assert torch.equal(wrapped(tokens).logits, expected)
+    with wrapped.disable_adapter(), twin.disable_adapter():
+        assert torch.equal(wrapped(tokens).logits, twin(tokens).logits)
+    merged = wrapped.merge_and_unload()
+    assert torch.equal(merged(tokens).logits, twin.merge_and_unload()(tokens).logits)
+    unfuse_modules(merged)
+    assert not report(merged).groups
+
+
+def test_accelerate_hooks_on_members_before_and_after_fusing(model: Model, x: Tensor) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Count(ModelHook):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    expected = model(x)
+    hooks = [Count(), Count(), Count()]
+    add_hook_to_module(model.layers[0].norm, hooks[0])
+    fuse(model)
+    add_hook_to_module(model.layers[0].mlp.up_proj, hooks[1])
+    add_hook_to_module(model.layers[1].mlp, hooks[2])
+    assert torch.equal(model(x), expected)
+    assert [hook.calls for hook in hooks] == [1, 1, 1]
+    assert [group.kernel_calls for group in report(model).groups] == [0, 0]
+    remove_hook_from_module(model.layers[1].mlp)
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+    assert [hook.calls for hook in hooks] == [2, 2, 1]
+
+
+def test_accelerate_offload_loads_the_weights_it_moved_away(model: Model, x: Tensor) -> None:
+    from accelerate import cpu_offload
+
+    expected = model(x)
+    fuse(model)
+    cpu_offload(model, execution_device=x.device)
+    assert torch.equal(model(x), expected)
+
+
+def test_torchao_int8_weights_are_read_by_their_module(model: Model, x: Tensor) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    twin = copy.deepcopy(model)
+    fuse(model)
+    for quantized in (model, twin):
+        quantize_(quantized, Int8WeightOnlyConfig())
+    assert torch.equal(model(x), twin(x))
+    assert "weight of type" in reason(model)
+    unfuse_modules(model)
+    assert torch.equal(model(x), twin(x))
+
+
+Change = Callable[[Model], Any]
+CHANGES: dict[str, Change] = {
+    "weight_norm": lambda m: parametrizations.weight_norm(m.layers[0].mlp.up_proj),
+    "orthogonal": lambda m: parametrizations.orthogonal(m.layers[0].mlp.up_proj),
+    "old weight_norm": lambda m: nn.utils.weight_norm(m.layers[0].mlp.up_proj),
+    "prune": lambda m: prune.l1_unstructured(m.layers[0].mlp.up_proj, "weight", 0.5),
+    "parametrized norm": lambda m: parametrize.register_parametrization(
+        m.layers[0].norm, "weight", nn.Softplus()
+    ),
+    "parametrized mlp child": lambda m: parametrize.register_parametrization(
+        m.layers[0].mlp.gate_proj, "weight", nn.Tanh()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_parametrizations_and_pruning_after_fusing(model: Model, x: Tensor, change: str) -> None:
+    twin = copy.deepcopy(model)
+    fuse(model)
+    torch.manual_seed(3)
+    CHANGES[change](model)
+    torch.manual_seed(3)
+    CHANGES[change](twin)
+    assert torch.equal(model(x), twin(x))
+    assert report(model).groups[0].kernel_calls == 0
+    if change == "parametrized norm":
+        with pytest.raises(UnfuseError, match=r"Undo first what changed it"):
+            unfuse_modules(model)
+        parametrize.remove_parametrizations(model.layers[0].norm, "weight")
+        parametrize.remove_parametrizations(twin.layers[0].norm, "weight")
+    unfuse_modules(model)
+    assert torch.equal(model(x), twin(x))
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fuse_first", [True, False])
+@pytest.mark.parametrize("unit", ["members", "blocks"])
+def test_fully_shard_before_and_after_fusing(mesh: Any, fuse_first: bool, unit: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, x = Model(2), torch.randn(2, 3, 8)
+    expected = model(x)
+    if fuse_first:
+        fuse(model)
+    for block in model.layers:
+        for sharded in [block] if unit == "blocks" else [block.norm, block.mlp]:
+            fully_shard(sharded, mesh=mesh)
+    if not fuse_first:
+        fuse(model)
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    if fuse_first:
+        with pytest.raises(UnfuseError, match="FSDP"):
+            unfuse_modules(model)
+    else:
+        unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_tensor_parallel_members_run_themselves(mesh: Any) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    torch.manual_seed(0)
+    model, x = Model(2), torch.randn(2, 3, 8)
+    expected = model(x)
+    fuse(model)
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    for block in model.layers:
+        parallelize_module(block.mlp, mesh, {**plan, "down_proj": RowwiseParallel()})
+    assert torch.equal(model(x), expected)
+    assert [group.kernel_calls for group in report(model).groups] == [0, 0]
+
+
+def test_ddp_around_a_fused_model_and_a_model_fused_inside(mesh: Any) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    model, x = Model(2), torch.randn(2, 3, 8)
+    twin = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model)
+    fuse(model)
+    wrapped(x).sum().backward()
+    twin(x).sum().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    fuse(wrapped, ["module.layers.*.norm", "module.layers.*.mlp"])
+    assert torch.equal(wrapped(x), twin(x))
+
+
+def test_a_class_patched_for_the_whole_process_after_fusing_is_what_runs(
+    model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support import Norm
+
+    fuse(model)
+    monkeypatch.setattr(Norm, "forward", lambda self, x: 2 * x)
+    got = model(x)
+    assert "whose forward was replaced" in reason(model)
+    unfuse_modules(model)
+    assert torch.equal(model(x), got)

@@ -1,0 +1,238 @@
+"""All or nothing, and exact undo for any order of nested and overlapping fuses and unfuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structure import structure
+from support import PATHS, Block, Mlp, Model, Norm, WeightKernel, mapped, members_kernel
+from torch import Tensor, nn
+
+from module_fusion import (
+    AlreadyFusedError,
+    FusionError,
+    NotFusableError,
+    fuse_modules,
+    fused,
+    report,
+    surgery,
+    unfuse_modules,
+)
+
+
+class Nested(nn.Module):
+    """A block whose last member is itself a chain of members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Norm(8)
+        self.inner = nn.Sequential(Norm(8), Mlp(8), nn.Sequential(Norm(8), nn.Tanh()))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.inner(self.first(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Nested() for _ in range(2))
+        self.shared = self.blocks[0].last if shared else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.shared(x)
+
+
+CHAINS: list[dict[str, str]] = [
+    {"a": "blocks.*.first", "b": "blocks.*.inner"},
+    {"a": "blocks.*.inner", "b": "blocks.*.last"},
+    {"a": "blocks.*.first", "b": "blocks.*.inner", "c": "blocks.*.last"},
+    {"a": "blocks.*.inner.0", "b": "blocks.*.inner.1"},
+    {"a": "blocks.*.inner.1", "b": "blocks.*.inner.2"},
+    {"a": "blocks.*.inner.2.0", "b": "blocks.*.inner.2.1"},
+    {"a": "blocks.0.inner.0", "b": "blocks.0.inner.1", "c": "blocks.0.inner.2"},
+    {"a": "blocks.*.inner.1.gate_proj"},
+    {"a": "blocks.1.last"},
+    {"a": "blocks.0", "b": "blocks.1"},
+    {"a": "blocks.1.first"},
+]
+UNFUSE: list[list[str] | None] = [
+    None,
+    ["blocks.0.first"],
+    ["blocks.1.**"],
+    ["blocks.*.inner"],
+    ["**.1"],
+    ["blocks.[-1]"],
+]
+STEPS = st.one_of(
+    st.tuples(st.just("fuse"), st.sampled_from(CHAINS), st.booleans()),
+    st.tuples(st.just("unfuse"), st.sampled_from(UNFUSE), st.booleans()),
+)
+KERNEL = members_kernel(1)
+
+
+def take(model: nn.Module, step: Any) -> None:
+    what, paths, flag = step
+    if what == "unfuse":
+        unfuse_modules(model, paths)
+        return
+    try:
+        with mapped(Kernel=KERNEL):
+            fuse_modules(model, paths, kernel="Kernel" if flag else None)
+    except AlreadyFusedError:
+        pass
+
+
+@given(steps=st.lists(STEPS, max_size=8), shared=st.booleans(), after=st.booleans())
+@settings(max_examples=max(20, settings.default.max_examples // 5))
+def test_any_order_of_fuses_and_unfuses_keeps_the_result_and_is_undone_exactly(
+    steps: list[Any], shared: bool, after: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Tower(shared), torch.randn(2, 8)
+    twin = copy.deepcopy(model)
+    before = structure(model)
+    for step in steps:
+        take(model, step)
+        got = model(x)
+        assert torch.equal(got, twin(x))
+        if after:
+            got.sum().backward()
+            twin(x).sum().backward()
+            for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(ours.grad, theirs.grad)
+            model.zero_grad()
+            twin.zero_grad()
+        assert list(model.state_dict()) == list(twin.state_dict())
+    unfuse_modules(model)
+    assert structure(model) == before
+    assert report(model).groups == []
+
+
+@given(step=STEPS, others=st.lists(STEPS, max_size=3))
+@settings(max_examples=max(20, settings.default.max_examples // 10))
+def test_a_fuse_that_is_refused_changes_nothing(step: Any, others: list[Any]) -> None:
+    model = Tower(shared=False)
+    for other in others:
+        take(model, other)
+    if step[0] != "fuse":
+        return
+    before = structure(model)
+    try:
+        fuse_modules(model, step[1])
+    except FusionError:
+        assert structure(model) == before
+
+
+POINTS = ["_apply", "set_class", "kernelize", "Chain", "ModuleState"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_at_any_point_of_fusing_leaves_the_model_as_it_was(
+    point: str, at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(3)
+    fuse_modules(model, ["layers.2.norm", "layers.2.mlp"])
+    before, x = structure(model), torch.randn(2, 8)
+    expected = model(x)
+    original: Callable[..., Any] = getattr(surgery, point)
+    calls = [0]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at + 1:
+            raise error("planted")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(surgery, point, failing)
+    with mapped(Kernel=WeightKernel):
+        try:
+            fuse_modules(model, ["layers.[:2].norm", "layers.[:2].mlp"], kernel="Kernel")
+        except (error, NotFusableError):
+            assert structure(model) == before
+        else:
+            assert calls[0] <= at
+            unfuse_modules(model, ["layers.0.norm", "layers.1.norm"])
+            assert structure(model) == before
+    monkeypatch.undo()
+    assert torch.equal(model(x), expected)
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, ["layers.[:2].norm", "layers.[:2].mlp"], kernel="Kernel")
+    assert torch.equal(model(x), expected)
+
+
+def test_the_failures_above_reach_every_point() -> None:
+    assert all(hasattr(surgery, point) for point in POINTS)
+
+
+def test_fused_fuses_inside_and_restores_outside_whatever_is_raised() -> None:
+    model, x = Model(2), torch.randn(2, 8)
+    before, expected = structure(model), model(x)
+    with fused(model, PATHS) as inside:
+        assert len(inside.fused) == 2
+        assert torch.equal(model(x), expected)
+        assert type(model.layers[0].mlp).__name__ == "FusedModule[Mlp]"
+    assert structure(model) == before
+    with pytest.raises(KeyError), fused(model, PATHS):
+        raise KeyError
+    assert structure(model) == before
+    with pytest.raises(FusionError), fused(model, ["layers.*.nrom"]):
+        raise AssertionError("not reached")
+    assert structure(model) == before
+
+
+def test_fused_leaves_what_was_fused_before_and_takes_an_unfuse_inside() -> None:
+    model = Model(2)
+    fuse_modules(model, ["layers.0.norm", "layers.0.mlp"])
+    middle = structure(model)
+    with fused(model, PATHS) as inside:
+        assert [group.action for group in inside.groups] == ["already fused", "fused"]
+    assert structure(model) == middle
+    with fused(model, PATHS):
+        unfuse_modules(model)
+    assert report(model).groups == []
+
+
+def test_the_same_call_again_is_harmless_and_said() -> None:
+    model = Model(2)
+    fuse_modules(model, PATHS)
+    before = structure(model)
+    again = fuse_modules(model, PATHS)
+    assert [group.action for group in again.groups] == ["already fused"] * 2
+    assert structure(model) == before
+
+
+def test_a_partial_unfuse_takes_back_the_chains_a_path_touches() -> None:
+    model = Model(4)
+    fuse_modules(model, PATHS)
+    gone = unfuse_modules(model, ["layers.[1:3].norm"])
+    assert [group.paths[0] for group in gone.groups] == ["layers.1.norm", "layers.2.norm"]
+    assert [group.paths[0] for group in report(model).groups] == ["layers.0.norm", "layers.3.norm"]
+    assert type(model.layers[1]) is Block
+    assert unfuse_modules(model, "layers.1.norm").groups == []
+    assert len(unfuse_modules(model).groups) == 2
+    assert unfuse_modules(model).groups == []
+
+
+def test_unfusing_a_part_restores_the_part_and_the_rest_later() -> None:
+    model, x = Model(2), torch.randn(2, 8)
+    before, expected = structure(model), model(x)
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    unfuse_modules(model.layers[0].norm)
+    assert type(model.layers[0].norm) is Norm
+    assert torch.equal(model(x), expected)
+    unfuse_modules(model.layers[0].mlp)
+    assert type(model.layers[0]) is Block
+    unfuse_modules(model)
+    assert structure(model) == before

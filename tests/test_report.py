@@ -1,0 +1,404 @@
+"""`FusionReport`: what was fused, what was skipped, which path ran and why."""
+
+from __future__ import annotations
+
+import html
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from kernels import Mode
+from support import PATHS, Mlp, Model, Norm, mapped, members_kernel
+from torch import Tensor, nn
+
+from module_fusion import (
+    FusionReport,
+    ModuleSpec,
+    fuse_modules,
+    fused,
+    report,
+    unfuse_modules,
+)
+from module_fusion.report import GroupReport
+
+X = torch.ones(1, 8)
+THREE_BLOCKS = """\
+3 fused:
+          modules                                classes      kernel  calls      note
+--------  -------------------------------------  -----------  ------  ---------  ---------
+fused x3  layers.[0-2].norm -> layers.[0-2].mlp  Norm -> Mlp  -       members 0  no kernel
+"""
+
+
+def table(text: object) -> list[list[str]]:
+    """The rows of a report's table, its header and summary left out, cells without padding."""
+    summary, header, rule, *rows = str(text).splitlines()
+    assert summary.endswith(":")
+    ends = [len(part) for part in rule.split("  ")]
+    starts = [sum(ends[:i]) + 2 * i for i in range(len(ends))]
+    cells = [
+        [row[start : start + width].strip() for start, width in zip(starts, ends, strict=True)]
+        for row in [header, *rows]
+    ]
+    assert cells[0] == ["", "modules", "classes", "kernel", "calls", "note"]
+    return cells[1:]
+
+
+class Table(HTMLParser):
+    """Reads a table back; complains about tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.caption = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.open.append(tag)
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1] == "caption":
+            self.caption += data
+        else:
+            assert self.open[-1] in ("td", "th")
+            self.rows[-1][-1] += data
+
+
+# --- the text
+
+
+def test_repeated_blocks_are_one_row() -> None:
+    assert f"{fuse_modules(Model(3), PATHS)}\n" == THREE_BLOCKS
+
+
+def test_one_block_is_a_row_with_its_own_paths() -> None:
+    assert table(fuse_modules(Model(3), ["layers.1.norm", "layers.1.mlp"])) == [
+        ["fused", "layers.1.norm -> layers.1.mlp", "Norm -> Mlp", "-", "members 0", "no kernel"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slices", "span"),
+    [("[:]", "[0-11]"), ("[::2]", "[0,2,4,6,8,10]"), ("[9:]", "[9-11]"), ("[2:4]", "[2-3]")],
+)
+def test_blocks_are_folded_into_ranges(slices: str, span: str) -> None:
+    result = fuse_modules(Model(12), [f"layers.{slices}.norm", f"layers.{slices}.mlp"])
+    assert table(result)[0][1] == f"layers.{span}.norm -> layers.{span}.mlp"
+
+
+def test_ranges_have_gaps_and_single_blocks() -> None:
+    model = Model(8)
+    fuse_modules(model, PATHS)
+    unfuse_modules(model, ["layers.1.mlp", "layers.5.mlp"])
+    assert table(report(model))[0][1] == "layers.[0,2-4,6-7].norm -> layers.[0,2-4,6-7].mlp"
+
+
+def test_two_numbers_in_a_path_fold_each_by_itself() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.ModuleDict({"mlp": Mlp()}) for _ in range(2))
+
+    model = nn.Sequential(Experts(), Experts(), Experts())
+    (row,) = table(fuse_modules(model, ["*.experts.*.mlp"]))
+    assert row[:2] == ["fused x6", "[0-2].experts.[0-1].mlp"]
+
+
+def test_blocks_of_other_classes_are_rows_of_their_own() -> None:
+    class OtherMlp(Mlp):
+        pass
+
+    model = Model(3)
+    model.layers[1].mlp = OtherMlp()
+    assert [row[:3] for row in table(fuse_modules(model, PATHS))] == [
+        ["fused x2", "layers.[0,2].norm -> layers.[0,2].mlp", "Norm -> Mlp"],
+        ["fused", "layers.1.norm -> layers.1.mlp", "Norm -> OtherMlp"],
+    ]
+
+
+def test_blocks_with_another_path_or_reason_are_rows_of_their_own() -> None:
+    model = Model(3)
+    with mapped(Fast=members_kernel(1)):
+        fuse_modules(model, PATHS, kernel="Fast")
+    handle = model.layers[1].norm.register_forward_hook(lambda module, args, output: None)
+    model(X)
+    handle.remove()
+    rows = table(report(model))
+    assert [row[:2] for row in rows] == [
+        ["fused x2", "layers.[0,2].norm -> layers.[0,2].mlp"],
+        ["fused", "layers.1.norm -> layers.1.mlp"],
+    ]
+    assert [row[4] for row in rows] == ["kernel 2", "members 1"]
+    assert rows[0][5] == ""
+    assert rows[1][5].startswith("norm has a hook")
+
+
+def test_skipped_places_are_rows_with_their_reasons() -> None:
+    model = Model(3)
+    model.head = nn.Module()
+    model.head.norm = Norm()
+    del model.layers[1].mlp
+    result = fuse_modules(model, ["**.norm", "**.mlp"])
+    assert str(result).startswith("2 fused, 2 skipped:\n")
+    rows = table(result)
+    assert rows[0][:2] == ["fused x2", "layers.[0,2].norm -> layers.[0,2].mlp"]
+    assert [row[0] for row in rows[1:]] == ["skipped", "skipped"]
+    assert [row[5] for row in rows[1:]] == [
+        "'layers.1.norm' has no partner for '**.mlp'",
+        "'head.norm' has no partner for '**.mlp'",
+    ]
+    assert [row[4] for row in rows[1:]] == ["", ""]
+    assert [group.action for group in result.groups] == ["fused", "fused", "skipped", "skipped"]
+    assert result.skipped == list(result.groups[2:])
+    assert result.fused == list(result.groups[:2])
+
+
+def test_every_call_says_what_it_did() -> None:
+    model = Model(2)
+    assert str(fuse_modules(model, ["layers.0.norm", "layers.0.mlp"])).startswith("1 fused:\n")
+    assert str(fuse_modules(model, PATHS)).startswith("1 already fused, 1 fused:\n")
+    assert str(report(model)).startswith("2 fused:\n")
+    assert str(unfuse_modules(model)).startswith("2 unfused:\n")
+
+
+@pytest.mark.parametrize("surgery", [report, unfuse_modules])
+def test_a_model_with_nothing_fused_has_an_empty_report(surgery: object) -> None:
+    result = surgery(Model(2))  # type: ignore[operator]
+    assert str(result) == "Nothing is fused."
+    assert not result.groups
+    assert result.fused == []
+    assert result.skipped == []
+    assert result == FusionReport()
+
+
+def test_a_report_reads_the_same_as_repr_and_as_text() -> None:
+    result = fuse_modules(Model(2), PATHS)
+    assert repr(result) == str(result)
+    assert "2 fused" in f"{result}"
+
+
+# --- kernel, path and calls
+
+
+def test_a_group_without_a_kernel_counts_the_calls_of_its_members() -> None:
+    model = Model(2)
+    fuse_modules(model, PATHS)
+    model(X)
+    model.layers[0](X)
+    first, second = report(model).groups
+    assert (first.kernel, first.path, first.reason) == (None, "members", "no kernel")
+    assert (first.kernel_calls, first.member_calls) == (0, 2)
+    assert (second.kernel_calls, second.member_calls) == (0, 1)
+    assert table(report(model))[0][4] == "members 3"
+
+
+def test_a_group_with_a_kernel_counts_its_calls() -> None:
+    model = Model(2)
+    with mapped(Fast=members_kernel(1)):
+        fuse_modules(model, PATHS, kernel="Fast")
+    group = report(model).groups[0]
+    assert (group.kernel, group.path, group.reason) == ("Fast", "kernel", None)
+    assert table(report(model))[0][3:] == ["Fast", "kernel 0", ""]
+    for _ in range(3):
+        model(X)
+    assert table(report(model)) == [
+        [
+            "fused x2", "layers.[0-1].norm -> layers.[0-1].mlp", "Norm -> Mlp", "Fast",
+            "kernel 6", "",
+        ]
+    ]  # fmt: skip
+
+
+def test_calls_of_kernel_and_members_are_both_told_with_the_last_reason() -> None:
+    model = Model(1)
+    with mapped(Fast=members_kernel(1)):
+        fuse_modules(model, PATHS, kernel="Fast")
+    model(X)
+    with torch.autocast("cpu"):
+        model(X)
+        model(X)
+    (row,) = table(report(model))
+    assert row[4] == "kernel 1, members 2"
+    assert row[5].startswith("autocast is on")
+
+
+def test_a_kernel_that_nobody_mapped_is_told() -> None:
+    model = Model(1)
+    with mapped():
+        fuse_modules(model, PATHS, kernel="Fast")
+    (group,) = report(model).groups
+    assert (group.kernel, group.path) == ("Fast", "members")
+    assert group.reason == "no kernel was loaded for 'Fast'"
+
+
+def test_a_kernel_that_steps_aside_is_told() -> None:
+    class NoBackward(members_kernel(1)):  # type: ignore[misc]
+        has_backward = False
+
+    model = Model(1)
+    with mapped(Fast=NoBackward):
+        fuse_modules(model, PATHS, kernel="Fast", mode=Mode.INFERENCE)
+    model(X)
+    (group,) = report(model).groups
+    assert (group.kernel_calls, group.member_calls) == (0, 1)
+    assert group.reason == "gradients are needed and the kernel has no backward"
+
+
+def test_roles_and_classes_are_those_of_the_members() -> None:
+    model = Model(1)
+    roles = {"before": "layers.*.norm", "after": "layers.*.mlp"}
+    (group,) = fuse_modules(model, roles).groups
+    assert group.roles == ("before", "after")
+    assert group.classes == ("Norm", "Mlp")
+
+
+# --- paths now
+
+
+def test_paths_are_the_present_ones_after_the_model_moved() -> None:
+    model = Model(2)
+    fuse_modules(model, PATHS)
+    outer = nn.ModuleDict({"trunk": model})
+    assert [group.paths for group in report(outer).groups] == [
+        ("trunk.layers.0.norm", "trunk.layers.0.mlp"),
+        ("trunk.layers.1.norm", "trunk.layers.1.mlp"),
+    ]
+    assert table(report(outer))[0][1] == (
+        "trunk.layers.[0-1].norm -> trunk.layers.[0-1].mlp"
+    )  # fmt: skip
+    assert report(model.layers[1]).groups[0].paths == ("norm", "mlp")
+    unfused = unfuse_modules(outer)
+    assert unfused.groups[0].paths == ("trunk.layers.0.norm", "trunk.layers.0.mlp")
+
+
+def test_a_member_that_is_itself_the_module_asked_about_is_told_in_words() -> None:
+    model = Model(2)
+    fuse_modules(model, PATHS)
+    (group,) = report(model.layers[1].mlp).groups
+    assert group.paths[0] == "outside: layers.1.norm"
+    assert group.paths[1]
+    assert not table(report(model.layers[1].mlp))[0][1].endswith("->")
+
+
+def test_blocks_moved_to_a_new_order_are_reported_where_they_are() -> None:
+    model = Model(3)
+    fuse_modules(model, ["layers.0.norm", "layers.0.mlp"])
+    model.layers = nn.ModuleList(reversed(list(model.layers)))
+    assert report(model).groups[0].paths == ("layers.2.norm", "layers.2.mlp")
+
+
+def test_the_report_in_a_with_block_is_that_of_fuse_modules() -> None:
+    model = Model(2)
+    with fused(model, PATHS) as inside:
+        assert str(inside) == str(report(model))
+    assert not report(model).groups
+
+
+# --- HTML
+
+
+def test_the_table_in_a_notebook_has_the_cells_of_the_text() -> None:
+    model = Model(3)
+    fuse_modules(model, PATHS)
+    result = report(model)
+    read = Table(result._repr_html_())
+    assert read.tags[:2] == ["table", "caption"]
+    assert read.caption == "3 fused"
+    assert read.rows[0] == ["", "modules", "classes", "kernel", "calls", "note"]
+    assert read.rows[1:] == table(result)
+
+
+def test_an_empty_report_is_a_table_too() -> None:
+    read = Table(FusionReport()._repr_html_())
+    assert read.caption == "Nothing is fused"
+    assert len(read.rows) == 1
+
+
+def test_text_in_the_html_is_escaped() -> None:
+    text = "<script>alert('&')</script>"
+    group = GroupReport(
+        "fused", paths=(text,), classes=(text,), kernel=text, reason=text, roles=(text,)
+    )
+    markup = FusionReport([group])._repr_html_()
+    assert text not in markup
+    assert markup.count(html.escape(text)) == 4
+    read = Table(markup)
+    assert set(read.tags) == {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    assert read.rows[1][1:4] == [text, text, text]
+    assert read.rows[1][5] == text
+
+
+def test_module_names_with_markup_are_escaped_end_to_end() -> None:
+    model = nn.ModuleDict({"<b>": nn.ModuleDict({"norm": Norm(), "mlp": Mlp()})})
+    result = fuse_modules(model, ["<b>.norm", "<b>.mlp"])
+    assert "<b>" not in result._repr_html_()
+    assert Table(result._repr_html_()).rows[1][1] == "<b>.norm -> <b>.mlp"
+
+
+# --- print(model)
+
+
+def test_a_printed_model_shows_the_roles_of_the_members() -> None:
+    model = Model(2)
+    plain = repr(model)
+    fuse_modules(model, PATHS)
+    text = repr(model)
+    assert "(norm): RegistryCollector[Norm]()" in text
+    assert "(mlp): FusedModule[Mlp](" in text
+    assert "fused_kernel" not in text
+    assert text.replace("RegistryCollector[Norm]", "Norm").replace(
+        "FusedModule[Mlp]", "Mlp"
+    ) == plain  # fmt: skip
+    unfuse_modules(model)
+    assert repr(model) == plain
+
+
+def test_a_printed_model_keeps_what_members_say_of_themselves() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    fuse_modules(model, ["0", "1"])
+    assert repr(model) == (
+        "Sequential(\n"
+        "  (0): RegistryCollector[Linear](in_features=8, out_features=8, bias=True)\n"
+        "  (1): FusedModule[Linear](in_features=8, out_features=4, bias=True)\n"
+        ")"
+    )
+
+
+def test_a_printed_model_shows_the_kernel_and_whether_it_is_there() -> None:
+    model = Model(2)
+    with mapped(Fast=members_kernel(1)):
+        fuse_modules(model, ["layers.0.norm", "layers.0.mlp"], kernel="Fast")
+    with mapped():
+        fuse_modules(model, ["layers.1.norm", "layers.1.mlp"], kernel="Fast")
+    first, second = (repr(block) for block in model.layers)
+    assert "(fused_kernel): Fast()" in first
+    assert "(fused_kernel): Fast(no kernel)" in second
+    # Around a chain with a kernel is a boundary, which keeps the name of its class.
+    assert first.startswith("Block(")
+
+
+def test_a_report_of_a_wide_model_keeps_every_chain() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for index in range(3):
+                self.add_module(f"norm{index}", Norm())
+                self.add_module(f"mlp{index}", Mlp())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    result = fuse_modules(Wide(), ["norm*", "mlp*"], [ModuleSpec(["x"], ["y"]), ModuleSpec(["y"])])
+    assert [row[1] for row in table(result)] == [f"norm{i} -> mlp{i}" for i in range(3)]
