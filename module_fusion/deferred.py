@@ -24,10 +24,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _is_fwd_grad_enabled as is_forward_ad_enabled
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _len_torch_function_stack as function_modes
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
 
 from .code import asks_for_types
 from .errors import DeferredUseError
+
+Context = tuple[Any, ...]
 
 _IMMUTABLE = frozenset(
     {
@@ -61,6 +69,7 @@ class CapturedCall:
         module: the collector.
         origin: what knows the collector's `path`, for messages.
         weights: parameters and buffers the value depends on.
+        context: the context of the call.
     """
 
     def __init__(
@@ -71,17 +80,16 @@ class CapturedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         weights: list[Tensor],
+        context: Context,
     ) -> None:
         self.run = run
         self.module = module
         self.origin = origin
         self.tensors = weights
         self.args = _frozen(args, weights)
-        self.kwargs = (
-            {name: _frozen(kwargs[name], weights) for name in kwargs} if kwargs else kwargs
-        )
+        self.kwargs = {k: _frozen(kwargs[k], weights) for k in kwargs} if kwargs else {}
         self.versions = _versions(weights)
-        self.context = calling_context()
+        self.context = context
         self.done = False
         self.value: Any = None
 
@@ -114,21 +122,19 @@ class CapturedCall:
                 f"new values. {_way_out(self.path)}"
             )
 
-    def _result_elsewhere(self, now: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+    def _result_elsewhere(self, now: Context, args: Any, kwargs: Any) -> Any:
         """Compute the value under the grad mode, autocast and hooks of the call itself."""
-        grad, autocast, *rest = self.context
+        grad, autocast, transforms, *rest = self.context
+        if transforms != now[2]:
+            self._refuse_mode()
         if not rest or torch.compiler.is_dynamo_compiling():
             device = _device_type(args)
             with torch.set_grad_enabled(grad), torch.autocast(device, enabled=autocast):
                 return self.run(self.module, args, kwargs)
-        inference, forward_ad, hooks, modes = rest
-        _, _, now_inference, now_forward_ad, now_hooks, now_modes = now
+        inference, forward_ad, hooks, *modes = rest
+        now_inference, now_forward_ad, now_hooks, *now_modes = now[3:]
         if modes != now_modes:
-            raise DeferredUseError(
-                f"The output of {self.path!r} is used for the first time under another "
-                f"torch.func transform, TorchFunctionMode or TorchDispatchMode than the one the "
-                f"module was called under. {_way_out(self.path)}"
-            )
+            self._refuse_mode()
         if grad and forward_ad and not now_forward_ad and not now_inference:
             _refuse_in_autograd_function(self)
         with ExitStack() as stack:
@@ -139,26 +145,31 @@ class CapturedCall:
                 stack.enter_context(_SavedTensorHooks(hooks))
             return self.run(self.module, args, kwargs)
 
+    def _refuse_mode(self) -> None:
+        raise DeferredUseError(
+            f"The output of {self.path!r} is used for the first time under another torch.func "
+            f"transform, TorchFunctionMode or TorchDispatchMode than the one the module was called "
+            f"under. {_way_out(self.path)}"
+        )
 
-def calling_context() -> tuple[Any, ...]:
+
+def calling_context() -> Context:
     """What a computation depends on besides its inputs.
 
-    Grad mode, autocast; and where nothing is being traced also inference mode, forward-mode
-    AD, saved-tensor hooks, and the function, dispatch and functorch modes in force.
+    Grad mode, autocast, `torch.func` transforms; and where torch.compile is not tracing also
+    inference mode, forward-mode AD, saved-tensor hooks, and the function and dispatch modes.
     """
     if torch.compiler.is_dynamo_compiling():
-        return (torch.is_grad_enabled(), torch._C._is_any_autocast_enabled())
+        return (is_grad_enabled(), is_any_autocast_enabled(), are_transforms_active())
     return (
-        torch.is_grad_enabled(),
-        torch._C._is_any_autocast_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch._C._is_fwd_grad_enabled(),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-        (
-            torch._C._len_torch_function_stack(),
-            torch._C._len_torch_dispatch_stack(),
-            torch._C._are_functorch_transforms_active(),
-        ),
+        is_grad_enabled(),
+        is_any_autocast_enabled(),
+        are_transforms_active(),
+        is_inference_mode_enabled(),
+        is_forward_ad_enabled(),
+        top_saved_tensors_hooks(True),
+        function_modes(),
+        dispatch_modes(),
     )
 
 
@@ -282,6 +293,8 @@ def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def _frozen(value: Any, tensors: list[Tensor]) -> Any:
     """The value, if nothing in it can change unnoticed. Adds its tensors to `tensors`."""
     kind = type(value)
+    if kind is tuple:
+        return tuple([_frozen(item, tensors) for item in value])
     if kind is Tensor or kind is nn.Parameter:
         if torch.compiler.is_dynamo_compiling() or value.is_inference():
             return _copy(value)
@@ -289,8 +302,6 @@ def _frozen(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if kind is DeferredOutput or kind in _IMMUTABLE:
         return value
-    if kind is tuple:
-        return tuple([_frozen(item, tensors) for item in value])
     raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
 
 

@@ -22,11 +22,12 @@ from .deferred import (
     CapturedCall,
     DeferredOutput,
     NotCapturableError,
+    calling_context,
     holds_deferred,
     materialise,
 )
 from .errors import FusionError, NotFusableError
-from .plain import MemberForm, why_not_here
+from .plain import ORIGINAL, MemberForm, original_of, why_not_under
 
 if TYPE_CHECKING:
     _Mixin = nn.Module
@@ -35,7 +36,6 @@ else:
 
 KEY = "_fusion"
 _NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009
-_ORIGINAL = "_fusion_original_class"
 
 
 class ModuleState:
@@ -54,7 +54,8 @@ class ModuleState:
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
-        running: threads that are inside a kernel of the chain at the moment.
+        running: threads that are inside the kernel at the moment; chains fused by one call
+            share it.
         reason: why the last call was not captured.
     """
 
@@ -223,12 +224,8 @@ def state_of(module: nn.Module) -> ModuleState | None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class the module had before it was fused.
-
-    A class that someone put on top of a swapped one counts as a class of its own.
-    """
-    cls = type(module)
-    return cls.__dict__.get(_ORIGINAL, cls)  # type: ignore[no-any-return]
+    """The class the module had before it was fused."""
+    return original_of(type(module))  # type: ignore[no-any-return]
 
 
 def call_as_itself(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -243,11 +240,12 @@ def call_as_itself(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 def set_class(module: nn.Module, state: ModuleState) -> None:
     """Give the module the class its state asks for: the original one when it has no role."""
     if state.role is None and not state.boundary_of:
-        module.__class__ = state.original
+        object.__setattr__(module, "__class__", state.original)
         module.__dict__.pop(KEY, None)
         return
     try:
-        module.__class__ = _swapped_class(state.original, state.role, state.boundary_of > 0)
+        # Past `Module.__setattr__`, which looks for parameters and modules in every value.
+        object.__setattr__(module, "__class__", expected_class(state))
     except TypeError as error:
         raise NotFusableError(
             f"{state.path!r} cannot be fused: Python refuses a subclass of "
@@ -273,7 +271,7 @@ def _swapped_class(
         namespace: dict[str, Any] = {
             "__module__": original.__module__,
             "__doc__": original.__doc__,
-            _ORIGINAL: original,
+            ORIGINAL: original,
         }
         if is_boundary:
             namespace["forward"] = _guarded_forward(original)
@@ -309,17 +307,16 @@ def _capture(
     """The call's deferred output, or None where the module has to run now."""
     if state.running and thread() in state.running:
         return None
-    assert state.form is not None
-    weights: list[Tensor] = []
+    form, weights = state.form, []  # type: ignore[var-annotated]
+    assert form is not None
     call = None
-    reason = why_not_here()
+    context = calling_context()
+    reason = why_not_under(context) or form.why_not_plain(module, state.name, weights)
     if reason is None and state.outputs > 1 and state.outputs != state.returned:
         reason = f"{state.name} {_why_not_unpacked(state)}"
     if reason is None:
-        reason = state.form.why_not_plain(module, state.name, weights)
-    if reason is None:
         try:
-            call = CapturedCall(call_as_itself, module, state, args, kwargs, weights)
+            call = CapturedCall(call_as_itself, module, state, args, kwargs, weights, context)
         except NotCapturableError as error:
             reason = f"{state.name} {error}"
     if not torch.compiler.is_dynamo_compiling():

@@ -11,14 +11,16 @@ device and dtype, and nothing that draws random numbers or updates a buffer at t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .code import code_of_forward, names_in
+from .deferred import Context
 
+ORIGINAL = "_fusion_original_class"
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
     for name in (
@@ -31,91 +33,111 @@ _GLOBAL_HOOKS = tuple(
 _RANDOM_NAMES = ("rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
 
 
+class _Part(NamedTuple):
+    """One module of a member: the member itself or one below it."""
+
+    name: str
+    parent: int
+    key: str
+    cls: type
+    effects: Callable[[nn.Module], bool] | None
+    children: int
+    parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
+
+
 class MemberForm:
-    """The form of one module and, below it, of its children.
+    """The form of a member and of every module below it.
 
     Args:
-        module: the module as it is now.
-        class_of: the class that counts as the module's own.
+        member: the member as it is now.
     """
 
-    def __init__(self, module: nn.Module, class_of: Callable[[nn.Module], type[nn.Module]]) -> None:
-        self.cls: type[nn.Module] = type(module)
-        self.own_cls = class_of(module)
-        self.class_of = class_of
-        self.forward = self.own_cls.forward
-        self.effects = _effects(self.own_cls)
-        self.children = tuple(
-            (name, MemberForm(child, class_of) if child is not None else None)
-            for name, child in module._modules.items()
-        )
-        self.parameters = tuple(
-            (name, (p.dtype, p.device) if p is not None else None)
-            for name, p in module._parameters.items()
-        )
+    def __init__(self, member: nn.Module) -> None:
+        self.parts: list[_Part] = []
+        self._add(member, "", -1, "")
+        classes = {original_of(part.cls) for part in self.parts if part.cls is not type(None)}
+        self.forwards = [(cls, cls.forward) for cls in classes]
 
-    def why_not_plain(self, module: Any, name: str, weights: list[Tensor]) -> str | None:
-        """The reason why the module, called `name`, is not plain, or None.
+    def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
+        index = len(self.parts)
+        if module is None:
+            self.parts.append(_Part(name, parent, key, type(None), None, 0, ()))
+            return
+        parameters = tuple(
+            (key, None, None) if p is None else (key, p.dtype, p.device)
+            for key, p in module._parameters.items()
+        )
+        cls = type(module)
+        effects = _effects(original_of(cls))
+        self.parts.append(_Part(name, parent, key, cls, effects, len(module._modules), parameters))
+        for child_key, child in module._modules.items():
+            self._add(child, f"{name}.{child_key}", index, child_key)
 
-        Adds the module's parameters and buffers to `weights`.
+    def why_not_plain(self, member: nn.Module, role: str, weights: list[Tensor]) -> str | None:
+        """The reason why the member is not plain, or None.
+
+        Adds the parameters and buffers of the member to `weights`.
         """
-        if type(module) is not self.cls and (
-            module is None or self.class_of(module) is not self.own_cls
-        ):
-            return f"{name} is a {type(module).__name__}, was a {self.own_cls.__name__}"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return f"{name} has a hook"
-        if "forward" in module.__dict__:
-            return f"{name} has an instance-level forward"
-        if self.own_cls.forward is not self.forward:
-            return f"{name} has a class whose forward was replaced, {self.own_cls.__name__}"
-        if self.effects is not None and self.effects(module):
-            return f"{name} draws random numbers or updates buffers when it runs"
-        parameters = module._parameters
-        if len(parameters) != len(self.parameters):
-            return f"{name} has other parameters than before"
-        for key, expected in self.parameters:
-            parameter = parameters.get(key)
-            if parameter is None or expected is None:
-                if parameter is not expected:
-                    return f"{name} has another {key} than before"
+        for owner, forward in self.forwards:
+            if owner.forward is not forward:
+                return f"{role} has a class whose forward was replaced, {owner.__name__}"
+        modules: list[Any] = []
+        for name, parent, key, cls, effects, children, parameters in self.parts:
+            module = modules[parent]._modules.get(key) if modules else member
+            modules.append(module)
+            if type(module) is not cls and original_of(type(module)) is not original_of(cls):
+                return f"{role}{name} is a {_name(type(module))}, was a {_name(cls)}"
+            if module is None:
                 continue
-            if type(parameter) is not nn.Parameter:
-                return f"{name} has a {key} of type {type(parameter).__name__}"
-            dtype, device = expected
-            if parameter.dtype != dtype or parameter.device != device:
-                return (
-                    f"{name} has a {key} in {parameter.dtype} on {parameter.device}; the kernel "
-                    f"was chosen for {dtype} on {device}, call kernelize again"
-                )
-            weights.append(parameter)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                weights.append(buffer)
-        if len(module._modules) != len(self.children):
-            return f"{name} has other children than before"
-        for key, form in self.children:
-            child = module._modules.get(key)
-            if form is None:
-                if child is not None:
-                    return f"{name} has another {key} than before"
-                continue
-            reason = form.why_not_plain(child, f"{name}.{key}", weights)
-            if reason is not None:
-                return reason
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return f"{role}{name} has a hook"
+            if "forward" in module.__dict__:
+                return f"{role}{name} has an instance-level forward"
+            if effects is not None and effects(module):
+                return f"{role}{name} draws random numbers or updates buffers when it runs"
+            if len(module._modules) != children or len(module._parameters) != len(parameters):
+                return f"{role}{name} has other children or parameters than before"
+            for parameter_key, dtype, device in parameters:
+                parameter = module._parameters.get(parameter_key)
+                if parameter is None:
+                    if dtype is not None:
+                        return f"{role}{name} has another {parameter_key} than before"
+                    continue
+                if type(parameter) is not nn.Parameter:
+                    kind = type(parameter).__name__
+                    return f"{role}{name} has a {parameter_key} of type {kind}"
+                if parameter.dtype is not dtype or parameter.device != device:
+                    return (
+                        f"{role}{name} has a {parameter_key} in {parameter.dtype} on "
+                        f"{parameter.device}; the kernel was chosen for {dtype} on {device}, call "
+                        f"kernelize again"
+                    )
+                weights.append(parameter)
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    weights.append(buffer)
         return None
 
 
-def why_not_here() -> str | None:
-    """The reason why no kernel may run in the present context, or None."""
-    if torch._C._is_any_autocast_enabled():
+def original_of(cls: type) -> Any:
+    """The class that a swapped class stands for; any other class itself.
+
+    A class that someone put on top of a swapped one counts as a class of its own.
+    """
+    return cls.__dict__.get(ORIGINAL, cls)
+
+
+def why_not_under(context: Context) -> str | None:
+    """The reason why no kernel may run in a context, or None."""
+    _, autocast, transforms, *_ = context
+    if autocast:
         return "autocast is on"
-    if torch._C._are_functorch_transforms_active():
+    if transforms:
         return "a torch.func transform is active"
     if torch.compiler.is_dynamo_compiling():
         return None
@@ -142,3 +164,7 @@ def _effects(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
         return lambda module: True
     # What asks whether it is training does something then that it does not do otherwise.
     return (lambda module: module.training) if "training" in names else None
+
+
+def _name(cls: type) -> str:
+    return original_of(cls).__name__  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import keyword
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import Parameter
 from types import MethodType
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .deferred import CapturedCall, DeferredOutput, calling_context
 from .errors import SpecMismatchError
 from .modules import KEY, ModuleState, call_as_itself, original_class, state_of, thread
-from .plain import MemberForm, why_not_here
+from .plain import MemberForm, why_not_under
 from .spec import External, Plan, Wire
 
 _MISSING = object()
@@ -38,6 +38,7 @@ class FusedKernel(nn.Module):
 
     _members: tuple[weakref.ref[nn.Module], ...]
     _plan: Plan
+    _capabilities: dict[str, bool]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -67,9 +68,10 @@ class FusedKernel(nn.Module):
         for member, state in zip(self.members(), states, strict=True):
             if state is None:
                 continue
+            state.running = self.__dict__["_running"]
             state.armed += int(armed) - int(self.__dict__["_armed"])
             if armed:
-                state.form = MemberForm(member, original_class)
+                state.form = MemberForm(member)
         self.__dict__["_armed"] = armed
         self.__dict__["_capabilities"] = _capabilities(self.kernel)
 
@@ -92,6 +94,7 @@ class Chain:
         roles: a name for each member.
         kernel: the layer name for the `kernels` library, None for a chain without a kernel.
         refusal: why this chain never captures, None if it does.
+        running: threads inside a kernel of this chain, or of one that shares a collector.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class Chain:
         roles: tuple[str, ...],
         plan: Plan,
         kernel: str | None,
-        refusal: str | None = None,
+        refusal: str | None,
+        running: set[int],
     ) -> None:
         self.collectors = tuple(collectors)
         self.states = tuple(state_of(collector) for collector in collectors)
@@ -110,6 +114,7 @@ class Chain:
         self.refusal = refusal
         self.boundary: ModuleState | None = None
         self.seat: FusedKernel | None = None
+        self.running = running
         self.kernel_calls = 0
         self.member_calls = 0
         self.reason: str | None = None
@@ -123,6 +128,7 @@ class Chain:
             _members=tuple(weakref.ref(member) for member in (*self.collectors, last)),
             _plan=self.plan,
             _armed=False,
+            _running=self.running,
             _capabilities={},
             _refusal=self.refusal,
         )
@@ -146,43 +152,37 @@ class Chain:
 
     def run_kernel(self, inputs: list[Any]) -> Any:
         """Run the kernel; members called inside it run as themselves."""
-        assert self.seat is not None
         if not torch.compiler.is_dynamo_compiling():
             self.kernel_calls += 1
-        caller = thread()
-        running = [member.__dict__[KEY].running for member in self.seat.members()]
-        for threads in running:
-            threads.add(caller)
+        caller, running = thread(), self.running
+        running.add(caller)
         try:
-            return self.seat(*inputs)
+            return self.seat(*inputs)  # type: ignore[misc]
         finally:
-            for threads in running:
-                threads.discard(caller)
+            running.discard(caller)
 
     def kernel_inputs(
         self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], str | None]:
         """The chain's inputs, and the reason why the kernel may not have them."""
-        seat = self.seat
-        assert seat is not None
+        seat: FusedKernel = self.seat  # type: ignore[assignment]
         if seat._members[-1]() is not last:
             return [], "the module is a copy that shares the kernel of its original"
         weights: list[Tensor] = []
+        now = calling_context()
         form: MemberForm = last.__dict__[KEY].form
-        reason = why_not_here() or form.why_not_plain(last, self.roles[-1], weights)
+        reason = why_not_under(now) or form.why_not_plain(last, self.roles[-1], weights)
         if reason is not None:
             return [], reason
         inputs, calls, reason = self._gather(args, kwargs)
         if reason is not None:
             return [], reason
-        now = calling_context()
         for call in calls:
             if call.context != now:
                 return [], "the members are called under different grad modes, hooks or graphs"
-        for call in calls:
             call.check_unmodified()
             weights.extend(call.tensors)
-        return inputs, self._refusal_of_kernel(seat, inputs, weights)
+        return inputs, _refusal_of_kernel(seat._capabilities, inputs, weights)
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""
@@ -274,27 +274,29 @@ class Chain:
             return f"the output of another call of {role!r} came as {what}"
         return None
 
-    def _refusal_of_kernel(
-        self, seat: FusedKernel, inputs: list[Any], weights: list[Tensor]
-    ) -> str | None:
-        can = seat.__dict__["_capabilities"]
-        if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
-            return "the kernel does not support torch.compile"
-        tensors = list(weights)
-        for value in inputs:
-            if isinstance(value, DeferredOutput):
-                return "an input is the deferred output of another chain"
-            if isinstance(value, Tensor):
-                if type(value) is not Tensor and type(value) is not nn.Parameter:
-                    return f"an input is a {type(value).__name__}"
-                tensors.append(value)
-        for tensor in tensors:
-            if tensor.device != tensors[0].device:
-                return f"inputs and weights are on {tensor.device} and {tensors[0].device}"
-        needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if needs_backward and not can["has_backward"]:
+
+def _refusal_of_kernel(
+    can: Mapping[str, bool], inputs: list[Any], tensors: list[Tensor]
+) -> str | None:
+    """Why a kernel with these capabilities may not have these inputs and weights, or None."""
+    if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
+        return "the kernel does not support torch.compile"
+    for value in inputs:
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            tensors.append(value)
+        elif kind is DeferredOutput:
+            return "an input is the deferred output of another chain"
+        elif isinstance(value, Tensor):
+            return f"an input is a {kind.__name__}"
+    device = tensors[0].device if tensors else None
+    for tensor in tensors:
+        if tensor.device != device:
+            return f"inputs and weights are on {tensor.device} and {device}"
+    if not can["has_backward"] and torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in tensors):
             return "gradients are needed and the kernel has no backward"
-        return None
+    return None
 
 
 def _chain_forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:

@@ -247,8 +247,9 @@ def _make_jobs(
 ) -> list[_Job]:
     """Check every group and plan it; nothing is changed."""
     plans: dict[Any, Plan] = {}
+    running: set[int] = set()
     jobs: dict[tuple[int, ...], _Job] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False)) if kernel is not None else {}
     places = _places(modules)
     for group in groups:
         _check_members(model, group)
@@ -263,7 +264,7 @@ def _make_jobs(
         if kernel is not None and len(group.modules) > 1:
             boundary = _boundary(modules, [p for m in group.modules for p in places[id(m)]])
             refusal = _refusal_to_capture(boundary)
-        chain = Chain(group.modules[:-1], names, plans[key], kernel, refusal)
+        chain = Chain(group.modules[:-1], names, plans[key], kernel, refusal, running)
         existing = _existing(group, chain)
         job = _Job(group, existing or chain, boundary, is_fused=existing is not None)
         jobs.setdefault(tuple(map(id, group.modules)), job)
@@ -529,15 +530,26 @@ def _members(found: _Found) -> list[nn.Module]:
 
 
 def _chains_in(model: nn.Module) -> list[_Found]:
-    names = {id(module): name for name, module in model.named_modules()}
-    chains = []
-    for module in model.modules():
+    """The chains whose last member is in the model, with present paths."""
+    names: dict[int, str] = {}
+    ends: list[tuple[nn.Module, ModuleState]] = []
+    for name, module in model.named_modules():
+        names[id(module)] = name
         state = state_of(module)
         if state is not None and state.chain is not None:
-            members = [*state.chain.collectors, module]
-            paths = tuple(names.get(id(m), f"outside: {_path_of(m)}") for m in members)
-            chains.append(_Found(state.chain, module, state, paths))
-    return chains
+            ends.append((module, state))
+    return [
+        _Found(
+            state.chain,
+            module,
+            state,
+            tuple(
+                names.get(id(member), f"outside: {_path_of(member)}")
+                for member in (*state.chain.collectors, module)
+            ),
+        )
+        for module, state in ends
+    ]
 
 
 def _path_of(module: nn.Module) -> str:

@@ -56,9 +56,6 @@ def traced() -> nn.Module:
         return torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8))  # type: ignore[no-any-return]
 
 
-# --- the guard itself: a structure that compares equal would hide a change
-
-
 def swap_class(model: Model) -> None:
     model.layers[1].mlp.__class__ = type("Other", (Mlp,), {})
 
@@ -141,9 +138,6 @@ def test_a_structure_differs_while_modules_are_fused() -> None:
     assert structure(model) != before
 
 
-# --- what is given as a model
-
-
 @pytest.mark.parametrize("model", [None, 3, nn.Linear, {"a": nn.Linear(2, 2)}])
 def test_what_is_no_module_is_refused(model: Any) -> None:
     kind = type(model).__name__
@@ -168,9 +162,6 @@ def test_a_scripted_model_is_refused(make: Callable[[], nn.Module]) -> None:
         "A scripted or traced module runs compiled code, not its submodules. Fuse the model "
         "first, then trace it."
     )
-
-
-# --- paths
 
 
 @pytest.mark.parametrize(
@@ -248,9 +239,6 @@ def test_a_path_to_unfuse_that_matches_nothing_is_refused() -> None:
     )
 
 
-# --- specs
-
-
 def test_a_wrong_number_of_specs_is_refused() -> None:
     model = Model(2)
     refused(
@@ -318,9 +306,6 @@ def test_two_members_with_the_same_last_segment_need_roles_for_a_kernel() -> Non
         )
         roles = {"first": "a.norm", "second": "b.norm"}
         assert len(fuse_modules(model, roles, kernel="Fast").fused) == 1
-
-
-# --- modules that cannot be members
 
 
 @pytest.mark.parametrize(
@@ -396,14 +381,25 @@ def test_a_name_that_fusing_needs_and_a_module_has_is_refused(name: str) -> None
     )
 
 
-def test_a_class_that_cannot_be_exchanged_is_refused() -> None:
-    class Slotted(nn.Module):
-        __slots__ = ("extra",)
+def test_a_class_that_allows_no_subclass_is_refused() -> None:
+    class Final(nn.Module):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("Final is final")
 
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    class Fixed(nn.Module):
+    model = nn.Sequential(Norm(), Final())
+    refused(
+        NotFusableError,
+        model,
+        lambda: fuse_modules(model, ["0", "1"]),
+        "'1' cannot be fused: Python refuses a subclass of Final in its place (Final is final).",
+    )
+
+
+def test_a_class_that_guards_its_attributes_is_fused_and_taken_back_all_the_same() -> None:
+    class Guarded(nn.Module):
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "__class__":
                 raise TypeError("the class is fixed")
@@ -412,18 +408,12 @@ def test_a_class_that_cannot_be_exchanged_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    fuse_modules(nn.Sequential(Slotted(), Norm()), ["0", "1"])
-    model = nn.Sequential(Norm(), Fixed())
-    refused(
-        NotFusableError,
-        model,
-        lambda: fuse_modules(model, ["0", "1"]),
-        "'1' cannot be fused: Python refuses a subclass of Fixed in its place (the class is "
-        "fixed).",
-    )
-
-
-# --- chains over chains
+    model = nn.Sequential(Norm(), Guarded())
+    before = structure(model)
+    fuse_modules(model, ["0", "1"])
+    assert type(model[1]).__name__ == "FusedModule[Guarded]"
+    unfuse_modules(model)
+    assert structure(model) == before
 
 
 def test_the_same_call_twice_is_reported_as_already_fused() -> None:
@@ -522,9 +512,6 @@ def test_a_module_cannot_end_one_chain_of_a_call_and_begin_another() -> None:
     with pytest.raises(AlreadyFusedError, match="last module of one chain and an earlier one of"):
         fuse_modules(model, PATHS)
     assert structure(model) == before
-
-
-# --- the kernel
 
 
 @pytest.mark.parametrize("kernel", ["RMS Norm", "", "layer.norm", 3, Kernel])
@@ -640,9 +627,6 @@ def test_a_kernel_that_fails_for_a_later_group_leaves_the_earlier_ones_as_they_w
     assert model.calls()[:2] == [(1, 1), (1, 1)]
 
 
-# --- unfusing
-
-
 def swap_on_top(module: nn.Module) -> type[nn.Module]:
     module.__class__ = type("Wrapped", (type(module),), {})
     return type(module)
@@ -727,9 +711,6 @@ def test_an_error_when_a_context_is_entered_changes_nothing() -> None:
         "'layers.*.nrm' matches nothing: there is no 'nrm' under 'layers.*'. "
         "Did you mean 'layers.*.norm'?",
     )
-
-
-# --- the errors themselves
 
 
 def test_every_error_is_a_fusion_error_and_a_value_error() -> None:

@@ -52,9 +52,6 @@ def message(model: nn.Module, *paths: str) -> str:
     return str(caught.value)
 
 
-# --- what a single path matches
-
-
 def test_a_path_without_wildcards_is_one_module() -> None:
     model = Model(2)
     assert find_modules(model, ["layers.1.mlp"]) == {"layers.1.mlp": model.layers[1].mlp}
@@ -143,9 +140,6 @@ def test_names_with_characters_of_regular_expressions_are_literal() -> None:
     assert matched(model, "a(?") == ["a(b"]
 
 
-# --- several paths together
-
-
 def test_members_of_the_same_block_are_grouped_in_the_order_of_the_paths() -> None:
     model = Model(2)
     groups, skipped = find_groups(model, ["layers.*.norm", "layers.*.mlp"])
@@ -202,9 +196,6 @@ def test_groups_come_in_the_order_of_the_model() -> None:
         ("layers.1.b", "layers.1.a"),
         ("layers.0.b", "layers.0.a"),
     ]
-
-
-# --- partial matches
 
 
 def test_two_stars_skip_places_that_lack_a_member_and_report_them() -> None:
@@ -265,9 +256,6 @@ def test_two_stars_in_one_path_do_not_excuse_a_path_without_them() -> None:
     text = message(Model(2), "layers.*.norm", "**.mlp")
     assert text.startswith("The paths match only in part: ")
     assert "Wildcards at the same position must match the same text in every path." in text
-
-
-# --- paths that match nothing
 
 
 @pytest.mark.parametrize(
@@ -331,9 +319,6 @@ def test_the_nearest_path_is_named_also_where_children_are_shared() -> None:
     assert message(model, "b.norm_inn").endswith("Did you mean 'b.norm_in'?")
 
 
-# --- what is not a path
-
-
 @pytest.mark.parametrize("path", ["", ".", "a..b", ".a", "a."])
 def test_an_empty_segment_is_refused(path: str) -> None:
     with pytest.raises(PathNotFoundError) as caught:
@@ -375,9 +360,8 @@ def test_a_path_that_is_no_string_is_refused() -> None:
 def test_brackets_that_are_no_set_of_characters_are_refused() -> None:
     with pytest.raises(PathNotFoundError) as caught:
         fuse_modules(Model(1), ["layers.[b-a].norm"])
-    assert str(caught.value) == (
-        "'[b-a]' is not a glob segment: bad character range b-a at position 3."
-    )
+    # The rest of the sentence is Python's, and counts positions in a regular expression.
+    assert str(caught.value).startswith("'[b-a]' is not a glob segment: bad character range b-a")
 
 
 def test_a_slice_is_a_slice_also_where_a_module_has_no_such_child() -> None:
@@ -418,9 +402,6 @@ def test_every_kind_of_wildcard_counts(path: str, count: int) -> None:
     assert f"{path!r} has {count}, '[z][z][z][z]*' has 5" in str(caught.value)
 
 
-# --- the root and shared modules
-
-
 def test_the_root_cannot_be_a_member_by_way_of_a_child() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model.add_module("loop", model)
@@ -442,8 +423,6 @@ def test_shared_members_at_several_paths_are_one_group() -> None:
     unfuse_modules(model, ["layers.1.mlp"])
     assert not report(model).groups
 
-
-# --- a pattern means what a naive reading of it says
 
 NAMES = ("a", "b", "ab", "n1", "n2", "0", "1", "2", "10")
 CHILDREN = st.lists(st.sampled_from(NAMES), max_size=4, unique=True)

@@ -295,6 +295,21 @@ def same_bits(first: Any, second: Any) -> bool:
     return torch.equal(*as_bytes)
 
 
+def assert_same_to_rounding(
+    found: dict[str, Tensor | None], expected: dict[str, Tensor | None]
+) -> None:
+    """Compare gradients that were summed in another order.
+
+    That moves each by a few times the precision of the largest; a lost term, by its own size.
+    """
+    known = {name: gradient for name, gradient in expected.items() if gradient is not None}
+    assert known.keys() == {name for name, gradient in found.items() if gradient is not None}
+    largest = max(gradient.abs().max() for gradient in known.values())
+    for name, gradient in known.items():
+        error = (found[name] - gradient).abs().max()
+        assert error <= 100 * torch.finfo(gradient.dtype).eps * largest, name
+
+
 def kernel_for(model: nn.Module, pair: Pair) -> type[nn.Module]:
     """A kernel that runs the members of this pair themselves."""
     paths = [path.replace("*", "0") for path in pair]
@@ -391,12 +406,7 @@ def test_gradients_summed_in_another_order_differ_by_rounding_alone(
     expected = gradients(model, inputs)
     with fused_with_kernel(model, pair):
         found = gradients(model, inputs)
-    largest = max(gradient.abs().max() for gradient in expected.values() if gradient is not None)
-    # A sum in another order moves a float64 by a few of its 2e-16; a lost term, by its own size.
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(
-            found[parameter], gradient, rtol=0, atol=1e-12 * float(largest), msg=parameter
-        )
+    assert_same_to_rounding(found, expected)
 
 
 @devices
@@ -501,7 +511,7 @@ def generated(model: nn.Module, inputs: Inputs, cache: str) -> list[Tensor]:
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         cache_implementation=cache,
-        # A static cache alone would compile the decoding step, which has its own test.
+        # A static cache would compile the decoding step; this is about the cache alone.
         disable_compile=True,
         output_logits=True,
         return_dict_in_generate=True,
@@ -545,7 +555,7 @@ def seats_in(graph: torch.fx.GraphModule) -> int:
 
 @devices
 @architectures
-def test_compiled_into_one_graph_outputs_and_gradients_have_the_same_bits(
+def test_compiled_into_one_graph_outputs_have_the_same_bits_and_gradients_the_same_value(
     name: str, device: str
 ) -> None:
     model = build(name, device)
@@ -560,6 +570,7 @@ def test_compiled_into_one_graph_outputs_and_gradients_have_the_same_bits(
     with fused_with_kernel(model, one_pair(name)):
         fused, graphs = compiled(model)
         assert same_bits(outputs(fused, inputs), expected)
-        assert same_bits(gradients(fused, inputs), expected_gradients)
+        # What autograd sums first is up to the graph, and the graph holds a copy more.
+        assert_same_to_rounding(gradients(fused, inputs), expected_gradients)
     (graph,) = graphs
     assert seats_in(graph) == (LAYERS if has_kernel(name, one_pair(name)) else 0)

@@ -76,9 +76,6 @@ class Table(HTMLParser):
             self.rows[-1][-1] += data
 
 
-# --- the text
-
-
 def test_repeated_blocks_are_one_row() -> None:
     assert f"{fuse_modules(Model(3), PATHS)}\n" == THREE_BLOCKS
 
@@ -189,9 +186,6 @@ def test_a_report_reads_the_same_as_repr_and_as_text() -> None:
     assert "2 fused" in f"{result}"
 
 
-# --- kernel, path and calls
-
-
 def test_a_group_without_a_kernel_counts_the_calls_of_its_members() -> None:
     model = Model(2)
     fuse_modules(model, PATHS)
@@ -264,9 +258,6 @@ def test_roles_and_classes_are_those_of_the_members() -> None:
     assert group.classes == ("Norm", "Mlp")
 
 
-# --- paths now
-
-
 def test_paths_are_the_present_ones_after_the_model_moved() -> None:
     model = Model(2)
     fuse_modules(model, PATHS)
@@ -306,9 +297,6 @@ def test_the_report_in_a_with_block_is_that_of_fuse_modules() -> None:
     assert not report(model).groups
 
 
-# --- HTML
-
-
 def test_the_table_in_a_notebook_has_the_cells_of_the_text() -> None:
     model = Model(3)
     fuse_modules(model, PATHS)
@@ -345,9 +333,6 @@ def test_module_names_with_markup_are_escaped_end_to_end() -> None:
     result = fuse_modules(model, ["<b>.norm", "<b>.mlp"])
     assert "<b>" not in result._repr_html_()
     assert Table(result._repr_html_()).rows[1][1] == "<b>.norm -> <b>.mlp"
-
-
-# --- print(model)
 
 
 def test_a_printed_model_shows_the_roles_of_the_members() -> None:

@@ -137,9 +137,6 @@ def check_same(
 X = torch.tensor([1.0, -2.0, 3.0])
 
 
-# --- ModuleSpec itself
-
-
 def test_a_spec_keeps_its_names_and_compares_by_them() -> None:
     spec = ModuleSpec(inputs=["x", "_"], outputs=("y",))
     assert (spec.inputs, spec.outputs) == (("x", "_"), ("y",))
@@ -194,9 +191,6 @@ def test_self_is_no_name_for_an_input_because_a_kernel_has_one() -> None:
     with pytest.raises(SpecMismatchError) as caught:
         fuse(Parent(Double(), Square()), [ModuleSpec(["self"], ["y"]), ModuleSpec(["y"])])
     assert "'self'" in str(caught.value)
-
-
-# --- inference
 
 
 def signatures(*forwards: Callable[..., Any]) -> list[Signature]:
@@ -259,9 +253,6 @@ def test_an_inferred_chain_of_three_passes_every_value_on() -> None:
     check_same(model, layer, lambda: model(X))
 
 
-# --- the signature in the kernel's seat
-
-
 def test_the_seat_has_the_signature_of_the_chain() -> None:
     signature = seat_signature(Parent(Double(), Square()))
     assert list(signature.parameters) == ["x"]
@@ -302,8 +293,6 @@ def test_the_chain_in_the_seat_can_be_called_by_name() -> None:
     assert torch.equal(chain(shift=1.0, x=X), X * 2 + 1.0)
     assert torch.equal(chain(X), X * 2 + 0.5)
 
-
-# --- the wiring, seen through a kernel that runs the members by it
 
 ADD_NORM_GATE = [
     ModuleSpec(["hidden_states", "residual"], ["normed", "_"]),
@@ -569,9 +558,6 @@ def test_one_member_is_a_chain_with_its_own_signature() -> None:
     with mapped():
         fuse_modules(model, ["only"], kernel="Chain")
     assert str(inspect.signature(model.only.fused_kernel.forward)) == "(y, shift=0.5)"
-
-
-# --- specs that do not fit
 
 
 def test_more_specs_than_modules_are_refused() -> None:
