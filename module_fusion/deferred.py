@@ -32,7 +32,7 @@ from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as function_modes
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
 
-from .code import asks_for_types
+from .code import asks_for_tensors
 from .errors import DeferredUseError
 
 Context = tuple[Any, ...]
@@ -67,7 +67,7 @@ class CapturedCall:
     Args:
         run: computes the value; called as `run(module, args, kwargs)`.
         module: the collector.
-        origin: what knows the collector's `path`, for messages.
+        origin: knows the collector's `path` and `speculation`.
         weights: parameters and buffers the value depends on.
         context: the context of the call.
     """
@@ -88,8 +88,8 @@ class CapturedCall:
         self.tensors = weights
         self.args = _frozen(args, weights)
         self.kwargs = {k: _frozen(kwargs[k], weights) for k in kwargs} if kwargs else {}
-        self.versions = _versions(weights)
         self.context = context
+        self.versions = _versions(self)
         self.done = False
         self.value: Any = None
 
@@ -101,8 +101,8 @@ class CapturedCall:
     def result(self) -> Any:
         """The member's own output, computed on first use."""
         if not self.done:
-            args = materialise(self.args)
-            kwargs = materialise(self.kwargs)
+            args = computed(self.args)
+            kwargs = computed(self.kwargs)
             self.check_unmodified()
             now = calling_context()
             if now == self.context:
@@ -115,7 +115,7 @@ class CapturedCall:
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place since the call."""
-        if _modified(self.tensors, self.versions):
+        if _modified(self):
             raise DeferredUseError(
                 f"An input or a weight of {self.path!r} was modified in place after the module "
                 f"was called and before its output was used, so the captured call would see the "
@@ -250,9 +250,9 @@ def materialise(value: Any) -> Any:
     if kind is Tensor:
         return value
     if kind is DeferredOutput:
-        call, index = value.__dict__["_captured_call"], value.__dict__["_output_index"]
-        result = call.result()
-        return result if index is None else result[index]
+        if torch.compiler.is_dynamo_compiling():
+            _trace_again(value.__dict__["_captured_call"])
+        return _value_of_output(value)
     if kind in _IMMUTABLE:
         return value
     if isinstance(value, tuple):
@@ -280,6 +280,28 @@ def materialise(value: Any) -> Any:
             if real is not item:
                 object.__setattr__(value, name, real)
     return value
+
+
+def computed(value: Any) -> Any:
+    """The arguments of a call with the deferred values among them computed.
+
+    For the members themselves: unlike `materialise`, it does not count as a use by others.
+    """
+    if type(value) is DeferredOutput:
+        return _value_of_output(value)
+    if type(value) is tuple:
+        return tuple([computed(item) for item in value])
+    if type(value) is list:
+        return [computed(item) for item in value]
+    if type(value) is dict:
+        return {name: computed(value[name]) for name in value}
+    return value
+
+
+def _value_of_output(deferred: DeferredOutput) -> Any:
+    result = deferred.__dict__["_captured_call"].result()
+    index = deferred.__dict__["_output_index"]
+    return result if index is None else result[index]
 
 
 def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -317,28 +339,65 @@ def _copy(tensor: Tensor) -> Tensor:
     return copy
 
 
-def _versions(tensors: list[Tensor]) -> list[int] | None:
+def _versions(call: CapturedCall) -> list[int] | None:
     if torch.compiler.is_dynamo_compiling():
-        _look_at_trace(tensors)
+        _look_at_trace(call)
         return None
     try:
-        return [tensor._version for tensor in tensors]
+        return [tensor._version for tensor in call.tensors]
     except RuntimeError:
         raise NotCapturableError("has a weight that is an inference tensor") from None
 
 
-def _modified(tensors: list[Tensor], versions: list[int] | None) -> bool:
+def _modified(call: CapturedCall) -> bool:
     if torch.compiler.is_dynamo_compiling():
-        _look_at_trace(tensors)
+        _look_at_trace(call)
         return False
-    return versions is not None and [tensor._version for tensor in tensors] != versions
+    return call.versions is not None and [t._version for t in call.tensors] != call.versions
 
 
-def _look_at_trace(tensors: list[Tensor]) -> None:
+class Speculation:
+    """Whether captured calls are worth trying while torch.compile traces.
+
+    Like torch.compile's own speculation: trace with the calls captured, and where anything but
+    the fused module turns out to use a captured value, start again with nothing captured. So
+    a graph holds either the kernel or what the unfused model has. Blocks of the same classes
+    that are fused by one call share one.
+    """
+
+    def __init__(self) -> None:
+        self.holds = True
+
+
+def _trace_again(call: CapturedCall) -> None:  # `call` is read by name
+    from torch._dynamo.comptime import comptime
+
+    comptime(_give_up_call)
+
+
+def _give_up_call(ctx: Any) -> None:
+    call = ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    if call.source is None:  # Captured in this very trace, not before a graph break.
+        _give_up(ctx, call)
+
+
+def _give_up(ctx: Any, call: Any) -> None:
+    """Start the trace again without captured calls."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    speculation = call.var_getattr(tx, "origin").var_getattr(tx, "speculation").realize().value
+    if speculation.holds:
+        speculation.holds = False
+        tx.speculation_log.clear()
+        raise RestartAnalysis(restart_reason="the output of a fused module is used elsewhere")
+
+
+def _look_at_trace(call: CapturedCall) -> None:
     """Look at the weights, and at the code, that torch.compile traces."""
     from torch._dynamo.comptime import comptime
 
-    for tensor in tensors:  # noqa: B007
+    for tensor in call.tensors:  # noqa: B007
         comptime(_check_traced)
 
 
@@ -352,19 +411,12 @@ def _check_traced(ctx: Any) -> None:
     traced = torch._guards.TracingContext.get_traced_code() or []
     version = None if fake.is_inference() else fake._version
     seen, first = fake.__dict__.setdefault("_when_captured", (len(traced), version))
-    if version != first:
-        raise DeferredUseError(
-            "A weight of a fused module was modified in place between the module's call and the "
-            "use of its output. Unfuse before torch.compile: unfuse_modules(model)."
-        )
-    for code in traced[seen:]:
-        if asks_for_types(code) and not code.co_filename.startswith(_TORCH_AND_SELF):
-            raise DeferredUseError(
-                f"{getattr(code, 'co_qualname', code.co_name)} asks for types between the call "
-                f"of a fused module and the use of its output, and torch.compile would let it "
-                f"take the captured call for no tensor. Unfuse before torch.compile: "
-                f"unfuse_modules(model)."
-            )
+    asking = any(
+        asks_for_tensors(code) and not code.co_filename.startswith(_TORCH_AND_SELF)
+        for code in traced[seen:]
+    )
+    if version != first or asking:
+        _give_up(ctx, ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker())
 
 
 def _device_type(args: Any) -> str:

@@ -22,7 +22,9 @@ from .deferred import (
     CapturedCall,
     DeferredOutput,
     NotCapturableError,
+    Speculation,
     calling_context,
+    computed,
     holds_deferred,
     materialise,
 )
@@ -56,6 +58,7 @@ class ModuleState:
         form: the form the kernels were chosen for.
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
+        speculation: whether to capture while torch.compile traces.
         reason: why the last call was not captured.
     """
 
@@ -73,6 +76,7 @@ class ModuleState:
         self.armed = 0
         self.form: MemberForm | None = None
         self.running: set[int] = set()
+        self.speculation = Speculation()
         self.reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,7 +140,7 @@ class RegistryCollector(_Swapped):
         if captured is not None:
             return captured
         if holds_deferred(args, kwargs):
-            args, kwargs = materialise(args), materialise(kwargs)
+            args, kwargs = computed(args), computed(kwargs)
         output = super().__call__(*args, **kwargs)
         if state.returned is None and not torch.compiler.is_dynamo_compiling():
             state.returned = len(output) if type(output) is tuple else 1
@@ -173,7 +177,7 @@ class FusedModule(_Swapped):
         if not torch.compiler.is_dynamo_compiling():
             chain.count_members_run(reason)
         if holds_deferred(args, kwargs):
-            args, kwargs = materialise(args), materialise(kwargs)
+            args, kwargs = computed(args), computed(kwargs)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -306,6 +310,8 @@ def _capture(
 ) -> Any:
     """The call's deferred output, or None where the module has to run now."""
     if state.running and thread() in state.running:
+        return None
+    if torch.compiler.is_dynamo_compiling() and not state.speculation.holds:
         return None
     form, weights = state.form, []  # type: ignore[var-annotated]
     assert form is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .code import code_of_forward, names_in
+from .code import function_of, names_in
 from .deferred import Context
 
 ORIGINAL = "_fusion_original_class"
@@ -99,13 +99,13 @@ class MemberForm:
             if "forward" in module.__dict__:
                 return f"{role}{name} has an instance-level forward"
             if effects is not None and effects(module):
-                return f"{role}{name} draws random numbers or updates buffers when it runs"
+                return f"{role}{name} may draw random numbers or update buffers when it runs"
             if len(module._modules) != children or len(module._parameters) != len(parameters):
                 return f"{role}{name} has other children or parameters than before"
             for parameter_key, dtype, device in parameters:
                 parameter = module._parameters.get(parameter_key)
-                if parameter is None:
-                    if dtype is not None:
+                if parameter is None or dtype is None:
+                    if parameter is not None or dtype is not None:
                         return f"{role}{name} has another {parameter_key} than before"
                     continue
                 if type(parameter) is not nn.Parameter:
@@ -154,10 +154,10 @@ def _effects(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
         return lambda module: module.training and module.p > 0  # type: ignore[operator, return-value]
     if issubclass(cls, nn.modules.batchnorm._NormBase):
         return lambda module: module.training and bool(module.track_running_stats)
-    code = code_of_forward(cls)
-    if code is None:
+    function = function_of(cls.forward)
+    if function is None:
         return lambda module: True
-    names = names_in(code)
+    names = names_in(function.__code__)
     draws = any(name.startswith(_RANDOM_NAMES) for name in names)
     drops = any("dropout" in name or "drop_path" in name for name in names)
     if draws or (drops and "training" not in names):

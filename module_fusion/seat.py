@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .deferred import CapturedCall, DeferredOutput, calling_context
 from .errors import SpecMismatchError
-from .modules import KEY, ModuleState, call_as_itself, original_class, state_of, thread
+from .modules import KEY, ModuleState, call_as_itself, state_of, thread
 from .plain import MemberForm, why_not_under
 from .spec import External, Plan, Wire
 
@@ -145,6 +145,13 @@ class Chain:
         if self.kernel is None:
             return "no kernel"
         return self.refusal or f"no kernel was loaded for {self.kernel!r}"
+
+    def why_not_compiled(self) -> str | None:
+        """Why compiled graphs hold the members instead of the kernel, None if they do not."""
+        for role, state in zip(self.roles, self.states, strict=False):
+            if state is not None and not state.speculation.holds:
+                return f"the output of {role} is used elsewhere: compiled graphs run the members"
+        return None
 
     def count_members_run(self, reason: str | None = None) -> None:
         self.member_calls += 1
@@ -286,16 +293,16 @@ def _refusal_of_kernel(
         if kind is Tensor or kind is nn.Parameter:
             tensors.append(value)
         elif kind is DeferredOutput:
-            return "an input is the deferred output of another chain"
+            return "an input is itself the deferred output of a fused module"
         elif isinstance(value, Tensor):
             return f"an input is a {kind.__name__}"
     device = tensors[0].device if tensors else None
     for tensor in tensors:
         if tensor.device != device:
             return f"inputs and weights are on {tensor.device} and {device}"
-    if not can["has_backward"] and torch.is_grad_enabled():
-        if any(tensor.requires_grad for tensor in tensors):
-            return "gradients are needed and the kernel has no backward"
+    needs_backward = not can["has_backward"] and torch.is_grad_enabled()
+    if needs_backward and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are needed and the kernel has no backward"
     return None
 
 

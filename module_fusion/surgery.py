@@ -16,7 +16,8 @@ import torch
 from kernels import Mode, kernelize
 from torch import nn
 
-from .code import asks_for_types, code_of_forward
+from .code import code_that_asks_for_type
+from .deferred import Speculation
 from .errors import (
     AlreadyFusedError,
     FusionError,
@@ -190,6 +191,7 @@ class _Job:
     group: Group
     chain: Chain
     boundary: tuple[str, nn.Module] | None
+    speculation: Speculation
     is_fused: bool
 
     @property
@@ -248,6 +250,7 @@ def _make_jobs(
     """Check every group and plan it; nothing is changed."""
     plans: dict[Any, Plan] = {}
     running: set[int] = set()
+    speculations: dict[Any, Speculation] = {}
     jobs: dict[tuple[int, ...], _Job] = {}
     modules = dict(model.named_modules(remove_duplicate=False)) if kernel is not None else {}
     places = _places(modules)
@@ -263,10 +266,12 @@ def _make_jobs(
             check_roles(names)
         if kernel is not None and len(group.modules) > 1:
             boundary = _boundary(modules, [p for m in group.modules for p in places[id(m)]])
-            refusal = _refusal_to_capture(boundary)
+            refusal = _refusal_to_capture(boundary, group.modules)
         chain = Chain(group.modules[:-1], names, plans[key], kernel, refusal, running)
         existing = _existing(group, chain)
-        job = _Job(group, existing or chain, boundary, is_fused=existing is not None)
+        alike = (key, boundary and original_class(boundary[1]))
+        speculation = speculations.setdefault(alike, Speculation())
+        job = _Job(group, existing or chain, boundary, speculation, is_fused=existing is not None)
         jobs.setdefault(tuple(map(id, group.modules)), job)
     return list(jobs.values())
 
@@ -351,14 +356,13 @@ def _boundary(
         common = common[:-1]
 
 
-def _refusal_to_capture(boundary: tuple[str, nn.Module] | None) -> str | None:
+def _refusal_to_capture(
+    boundary: tuple[str, nn.Module] | None, members: Sequence[nn.Module]
+) -> str | None:
     if boundary is None:
         return None
-    cls = original_class(boundary[1])
-    code = code_of_forward(cls)
-    if code is None or asks_for_types(code):
-        return f"{cls.__name__}.forward may ask for the type of a captured output"
-    return None
+    asking = code_that_asks_for_type(boundary[1], set(map(id, members)))
+    return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
 
 
 def _existing(group: Group, chain: Chain) -> Chain | None:
@@ -412,6 +416,7 @@ def _apply(job: _Job, undo: list[Callable[[], None]]) -> None:
             state.role, state.chain = FusedModule, job.chain
         else:
             state.role, state.outputs = RegistryCollector, plan.outputs
+            state.speculation = job.speculation
             state.collects_for += 1
         set_class(member, state)
     if job.boundary is not None:
@@ -578,5 +583,7 @@ def _row(found: _Found, action: str) -> GroupReport:
         path="kernel" if chain.armed else "members",
         kernel_calls=chain.kernel_calls,
         member_calls=chain.member_calls,
-        reason=chain.reason or (None if chain.armed else chain.why_not_running()),
+        reason=chain.reason
+        or chain.why_not_compiled()
+        or (None if chain.armed else chain.why_not_running()),
     )

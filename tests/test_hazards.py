@@ -243,17 +243,108 @@ def test_under_torch_compile_a_captured_input_keeps_its_value(
     assert broken or model[0].norm.calls == 0
 
 
-def test_torch_compile_notices_a_weight_modified_in_place_before_use(x: Tensor) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        self.norm.weight.mul_(2)
-        return x + self.mlp(h)
+def compiled_and_unfused(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model gives fused and compiled into one graph, and what it gives unfused."""
+    with torch.no_grad():
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        expected = model(x)
+        model.load_state_dict(state)
+        fuse(model)
+        got = torch.compile(model, backend="eager", fullgraph=True)(x)
+        model.load_state_dict(state)
+    return got, expected
 
+
+def weight_modified(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    self.norm.weight.mul_(2)
+    return x + self.mlp(h)
+
+
+def matmul(self: Any, x: Tensor) -> Tensor:
+    return self.mlp(self.norm(x) @ self.mlp.up_proj.weight[:8])
+
+
+def divided(self: Any, x: Tensor) -> Tensor:
+    return self.mlp(self.norm(x) / (x.abs() + 1))
+
+
+def aliased(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    alias = h
+    h += x
+    return self.mlp(h) + alias
+
+
+def assigned(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    h[0] = 0.5
+    return self.mlp(h)
+
+
+def compared(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    return self.mlp(torch.where(h < x, h, x))
+
+
+def double_tensors(h: Any) -> Any:
+    return h * 2 if isinstance(h, Tensor) else h
+
+
+def asked_by_a_helper(self: Any, x: Tensor) -> Tensor:
+    return self.mlp(double_tensors(self.norm(x)))
+
+
+def used_after(self: Any, x: Tensor) -> Tensor:
+    h = self.norm(x)
+    return self.mlp(h) + h @ self.mlp.up_proj.weight[:8]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        weight_modified,
+        matmul,
+        divided,
+        aliased,
+        assigned,
+        compared,
+        asked_by_a_helper,
+        used_after,
+    ],
+)
+def test_under_torch_compile_any_other_use_of_the_value_is_the_unfused_one(
+    x: Tensor, forward: Any
+) -> None:
     model = model_of(forward, x.device)
-    fuse(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad(), pytest.raises(Exception, match=r"DeferredUseError.*modified in place"):
-        compiled(x)
+    got, expected = compiled_and_unfused(model, x)
+    assert torch.equal(got, expected)
+    assert "compiled graphs run the members" in str(path_of(model)[2])
+    unfuse_modules(model)
+    for module in model.modules():
+        assert "_fusion" not in module.__dict__
+
+
+def test_under_torch_compile_an_untouched_value_still_reaches_the_kernel_elsewhere(
+    x: Tensor,
+) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.straight = Block()
+            self.touched = model_of(matmul, x.device)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.touched(self.straight(x))
+
+    model = Mixed().to(x.device)
+    expected = model(x)
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, ["*.norm", "*.mlp"], kernel="Kernel")
+    for block in (model.straight, model.touched):
+        block.norm.calls = 0
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert (model.straight.norm.calls, model.touched.norm.calls) == (0, 1)
 
 
 def test_an_inference_tensor_modified_in_place_before_use_was_copied(x: Tensor) -> None:
@@ -625,32 +716,39 @@ def test_asking_for_the_type_is_answered_as_the_real_value_would(x: Tensor) -> N
         assert torch.equal(model(x), expected)
 
 
-def test_torch_compile_refuses_code_that_asks_whether_a_captured_call_is_a_tensor(
-    x: Tensor,
+def type_asking(h: Any) -> Any:
+    return h * 2 if type(h) is Tensor else h * 3
+
+
+class Between(nn.Module):
+    def forward(self, h: Any) -> Any:
+        return type_asking(h)
+
+
+@pytest.mark.parametrize("where", ["parent", "helper", "module"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_code_asks_for_type_nothing_is_captured(
+    x: Tensor, where: str, compiled: bool
 ) -> None:
-    def double(h: Any) -> Any:
-        return h * 2 if isinstance(h, Tensor) else h
-
-    model = model_of(lambda self, x: x + self.mlp(double(self.norm(x))), x.device)
-    fuse(model)
-    with pytest.raises(Exception, match=r"DeferredUseError.* asks for types"):
-        torch.compile(model, backend="eager", fullgraph=True)(x)
-
-
-def test_a_parent_that_asks_for_types_is_never_given_a_deferred_value(x: Tensor) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        if where == "helper":
+            h = type_asking(h)
+        elif where == "module":
+            h = self.between(h)
+        return self.mlp(h)
+
+    def parent(self: Any, x: Tensor) -> Tensor:
         h = self.norm(x)
         return self.mlp(h * 2 if type(h) is Tensor else h)
 
-    model = model_of(forward, x.device)
+    model = model_of(parent if where == "parent" else forward, x.device)
+    model[0].between = Between()
     expected = model(x)
     fuse(model)
-    assert torch.equal(model(x), expected)
-    assert path_of(model) == (
-        0,
-        1,
-        "Written.forward may ask for the type of a captured output",
-    )
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    assert torch.equal(run(x), expected)
+    assert "asks for type(...), which a captured output cannot answer" in str(path_of(model)[2])
 
 
 def test_a_custom_autograd_function_on_the_value_is_an_error(x: Tensor) -> None:
