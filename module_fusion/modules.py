@@ -224,7 +224,8 @@ class _Boundary(_Swapped):
 
 def state_of(module: nn.Module) -> ModuleState | None:
     """The fusion state of a module, None for one that has none."""
-    return module.__dict__.get(KEY)
+    state = module.__dict__.get(KEY)
+    return state if type(state) is ModuleState else None
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +24,7 @@ from .errors import PathNotFoundError, SpecMismatchError
 _SLICE = re.compile(r"^(?P<prefix>.*?)\[(?P<slice>-?\d+|-?\d*:-?\d*(?::-?\d*)?)\]$")
 _MAGIC = re.compile(r"[*?\[]")
 _NEAREST = 3
+_PLACES = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def find_groups(model: nn.Module, paths: Sequence[str]) -> tuple[list[Group], li
     keys = list(dict.fromkeys(key for found in bound for key in found)) or [()]
 
     groups, skipped = [], []
+    lacking: dict[str, list[str]] = {}
     for key in keys:
         members = [found.get(key) or found.get(()) for found in by_binding]
         missing = [path for path, member in zip(paths, members, strict=True) if member is None]
@@ -73,14 +75,13 @@ def find_groups(model: nn.Module, paths: Sequence[str]) -> tuple[list[Group], li
             )
             continue
         present = next(member.path for member in members if member)
-        sentence = f"{present!r} has no partner for {', '.join(map(repr, missing))}"
         if all("**" in path for path in missing):
-            skipped.append(sentence)
-        else:
-            raise PathNotFoundError(
-                f"The paths match only in part: {sentence}. Leave it out with a slice, such as "
-                f"'layers.[1:].mlp', or write '**' to take every place where all of them are."
-            )
+            skipped.append(f"{present!r} has no partner for {', '.join(map(repr, missing))}")
+            continue
+        for path in missing:
+            lacking.setdefault(path, []).append(present)
+    if lacking:
+        raise PathNotFoundError(_partial_match_message(lacking, paths))
     if not groups:
         raise PathNotFoundError(
             "No place in the model has all of these modules: "
@@ -162,21 +163,25 @@ def _children_matching(
             yield segment, child, ()
         return
     sliced = _SLICE.match(segment)
-    if sliced and sliced["prefix"]:
-        parent = module._modules.get(sliced["prefix"])
-        if parent is not None:
-            for name in _numbered(parent, sliced["slice"]):
-                yield f"{sliced['prefix']}.{name}", parent._modules[name], (name,)  # type: ignore[misc]
-            return
-    elif sliced:
+    if sliced and not sliced["prefix"]:
         for name in _numbered(module, sliced["slice"]):
             yield name, module._modules[name], (name,)  # type: ignore[misc]
+        return
+    if sliced and (_is_slice(sliced) or module._modules.get(sliced["prefix"]) is not None):
+        for outer, parent, texts in _children_matching(module, sliced["prefix"]):
+            for name in _numbered(parent, sliced["slice"]):
+                yield f"{outer}.{name}", parent._modules[name], (*texts, name)  # type: ignore[misc]
         return
     pattern = _compiled(segment)
     for name, child in module._modules.items():
         matched = pattern.match(name)
         if matched and child is not None:
             yield name, child, matched.groups()
+
+
+def _is_slice(sliced: re.Match[str]) -> bool:
+    """Whether `name[...]` can only be a slice: digits alone may be a set of characters too."""
+    return not sliced["slice"].isdigit()
 
 
 def _numbered(module: nn.Module, text: str) -> list[str]:
@@ -187,7 +192,10 @@ def _numbered(module: nn.Module, text: str) -> list[str]:
     names.sort(key=int)
     if ":" not in text:
         return names[int(text) :][:1] if -len(names) <= int(text) < len(names) else []
-    return names[slice(*(int(part) if part else None for part in text.split(":")))]
+    selection = slice(*(int(part) if part else None for part in text.split(":")))
+    if selection.step == 0:
+        raise PathNotFoundError(f"'[{text}]' is not a slice: its step is zero.")
+    return names[selection]
 
 
 @lru_cache(maxsize=256)
@@ -213,8 +221,11 @@ def _compiled(segment: str) -> re.Pattern[str]:
 def _wildcards(path: str) -> int:
     count = 0
     for segment in path.split("."):
-        if segment == "**" or _SLICE.match(segment):
+        sliced = _SLICE.match(segment)
+        if segment == "**" or (sliced and not sliced["prefix"]):
             count += 1
+        elif sliced and _is_slice(sliced):
+            count += 1 + _wildcards(sliced["prefix"])
         elif _MAGIC.search(segment):
             count += _compiled(segment).groups
     return count
@@ -231,9 +242,26 @@ def _check_wildcard_counts(paths: Sequence[str]) -> None:
         )
 
 
+def _partial_match_message(lacking: Mapping[str, Sequence[str]], paths: Sequence[str]) -> str:
+    """Name every place that lacks a member."""
+    sentences = []
+    for path, places in lacking.items():
+        named = ", ".join(map(repr, places[:_PLACES]))
+        more = f" and {len(places) - _PLACES} more" if len(places) > _PLACES else ""
+        have = "has" if len(places) == 1 else "have"
+        sentences.append(f"{named}{more} {have} no partner for {path!r}")
+    bound = "Wildcards at the same position must match the same text in every path. "
+    return (
+        f"The paths match only in part: {'; '.join(sentences)}. "
+        + (bound if any("**" in path for path in paths) else "")
+        + "Leave it out with a slice, such as 'layers.[1:].mlp', or write '**' to take every "
+        "place where all of them are."
+    )
+
+
 def _not_found_message(model: nn.Module, path: str, segments: Sequence[str]) -> str:
     """Name the segment that fails and the real names nearest to it."""
-    if not any(name for name, _ in model.named_children()):
+    if not any(child is not None for child in model._modules.values()):
         return f"{path!r} matches nothing: {type(model).__name__} has no submodules."
     depth = 0
     while depth < len(segments) and next(_walk(model, segments[: depth + 1], (), ()), None):
@@ -241,14 +269,31 @@ def _not_found_message(model: nn.Module, path: str, segments: Sequence[str]) -> 
     prefix = ".".join(segments[:depth])
     parents = list(_walk(model, segments[:depth], (), ()))
     segment = segments[min(depth, len(segments) - 1)]
+    head = f"{prefix}." if prefix else ""
+    tail = "".join(f".{rest}" for rest in segments[depth + 1 :])
+    sliced = _SLICE.match(segment)
+    if sliced and any(
+        child for p in parents for child in p.module._modules if child == sliced["prefix"]
+    ):
+        # What is missing is not the child but the numbers in it.
+        prefix, segment = head + sliced["prefix"], segment[len(sliced["prefix"]) :]
+        head, sliced, parents = f"{prefix}.", None, []
     where = f"under {prefix!r}" if prefix else f"in {type(model).__name__}"
-    names = list(dict.fromkeys(name for p in parents for name, _ in p.module.named_children()))
-    near = difflib.get_close_matches(segment, names, n=_NEAREST, cutoff=0.5)
     message = f"{path!r} matches nothing: there is no {segment!r} {where}."
+    stem = sliced["prefix"] if sliced and sliced["prefix"] else segment
+    names = list(dict.fromkeys(name for p in parents for name, c in p.module._modules.items() if c))
+    near = [
+        candidate
+        for name in difflib.get_close_matches(stem, names, n=_NEAREST, cutoff=0.5)
+        if next(
+            _walk(
+                model, (candidate := head + name + segment[len(stem) :] + tail).split("."), (), ()
+            ),
+            None,
+        )
+    ]
     if near:
-        head = f"{prefix}." if prefix else ""
-        tail = "".join(f".{rest}" for rest in segments[depth + 1 :])
-        return message + " Did you mean " + " or ".join(repr(head + n + tail) for n in near) + "?"
+        return message + " Did you mean " + " or ".join(map(repr, near)) + "?"
     everywhere = [name for name, _ in model.named_modules() if name]
     near = difflib.get_close_matches(path, everywhere, n=_NEAREST, cutoff=0.5) or names[:8]
     return message + " Nearest: " + ", ".join(map(repr, near)) + "." if near else message

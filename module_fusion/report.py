@@ -48,6 +48,9 @@ class FusionReport:
 
     groups: Sequence[GroupReport] = field(default_factory=tuple)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+
     @property
     def fused(self) -> list[GroupReport]:
         """The groups that are fused after the call."""

@@ -251,6 +251,9 @@ class Chain:
                     continue
                 if value is Parameter.empty:
                     value = member.defaults[position]
+                    if value is Parameter.empty:
+                        name = member.parameters[position]
+                        return [], [], f"{self.roles[index]!r} was called without {name!r}"
                 known = inputs[source.position]
                 if known is not _MISSING and known is not value:
                     name = list(plan.signature.parameters)[source.position]
@@ -366,7 +369,7 @@ def check_roles(roles: tuple[str, ...]) -> None:
     """Refuse names by which a kernel could not reach the members."""
     for role in roles:
         usable = role.isidentifier() and not keyword.iskeyword(role)
-        if not usable or hasattr(_ANY_SEAT, role) or roles.count(role) > 1:
+        if not usable or role.startswith("_") or hasattr(_ANY_SEAT, role) or roles.count(role) > 1:
             raise SpecMismatchError(
                 f"{role!r} cannot be the name by which a kernel reaches a member: it must be an "
                 f"identifier, used once, and no attribute of nn.Module. Give the roles yourself: "

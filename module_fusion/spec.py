@@ -20,6 +20,7 @@ from torch import nn
 from .errors import SpecMismatchError
 
 UNWIRED = "_"
+_VALUES = (bool, int, float, complex, str, bytes, tuple)
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -73,11 +74,13 @@ class MemberPlan:
     """How one member's `forward` parameters are fed.
 
     `sources` has an entry for each name in `parameters`, `None` where the parameter is left
-    out of the chain. `positional` counts the parameters a caller may pass by position.
+    out of the chain. `positional` counts the parameters a caller may pass by position, and
+    `positional_only` those that he cannot pass by name.
     """
 
     parameters: tuple[str, ...]
     positional: int
+    positional_only: int
     sources: tuple[Wire | External | None, ...]
     defaults: tuple[Any, ...]
     outputs: int
@@ -90,7 +93,10 @@ class MemberPlan:
         for name, value in kwargs.items():
             if name not in self.parameters:
                 return name
-            values[self.parameters.index(name)] = value
+            position = self.parameters.index(name)
+            if position < max(len(args), self.positional_only):
+                return name
+            values[position] = value
         return values
 
 
@@ -119,14 +125,16 @@ def infer_specs(forwards: Sequence[Signature]) -> list[ModuleSpec]:
                 inputs.append(name)
                 continue
             default = parameter.default
-            if name in defaults and Parameter.empty not in (default, defaults[name]):
-                name = name if defaults[name] is default else f"{name}_{index}"
+            known = defaults.get(name, Parameter.empty)
+            if Parameter.empty not in (default, known) and not _same_default(default, known):
+                name = f"{name}_{index}"
             defaults.setdefault(name, default)
             inputs.append(UNWIRED if name in produced else name)
         following = forwards[index + 1] if index + 1 < len(forwards) else None
         output = next(iter(_named(following)), "input") if following else UNWIRED
         produced.add(output)
-        specs.append(ModuleSpec(inputs or ["input"], [output]))
+        variadic = any(p.kind is Parameter.VAR_POSITIONAL for p in signature.parameters.values())
+        specs.append(ModuleSpec(inputs or (["input"] if variadic or index else []), [output]))
     return specs
 
 
@@ -150,6 +158,12 @@ def make_plan(
             if name != UNWIRED and name in latest:
                 sources[parameter.name] = latest[name]
                 continue
+            if name == UNWIRED and parameter.name in spec.inputs and parameter.name not in latest:
+                raise SpecMismatchError(
+                    f"The parameter {parameter.name!r} of {path!r} is not wired, so it comes from "
+                    f"outside under its own name, but the spec gives that name to another input. "
+                    f"Give one of them another name."
+                )
             name = parameter.name if name == UNWIRED else name
             _add_external(externals, name, parameter, path)
             sources[parameter.name] = name
@@ -183,6 +197,11 @@ def check_name(name: object, what: str) -> str:
 def _names(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise SpecMismatchError(f"ModuleSpec.{what} is a list of names, not {names!r}.")
+    if what == "inputs" and "self" in names:
+        raise SpecMismatchError(
+            "ModuleSpec.inputs has 'self', which the forward of a kernel has already. Give the "
+            "input another name."
+        )
     named = [check_name(name, f"A name in ModuleSpec.{what}") for name in names if name != UNWIRED]
     twice = {name for name in named if named.count(name) > 1}
     if twice:
@@ -211,7 +230,10 @@ def _assign(signature: Signature, spec: ModuleSpec, path: str) -> list[tuple[str
         elif positional:
             assigned.append((name, positional.pop(0)))
         elif variadic:
-            assigned.append((name, Parameter(f"{name}", Parameter.POSITIONAL_ONLY)))
+            free = name
+            while free == UNWIRED or free in named or free in {p.name for _, p in assigned}:
+                free += "_"
+            assigned.append((name, Parameter(free, Parameter.POSITIONAL_ONLY)))
         else:
             raise SpecMismatchError(
                 f"The spec of {path!r} names {len(spec.inputs)} inputs, {list(spec.inputs)}, but "
@@ -257,12 +279,19 @@ def _add_external(
         )
     elif parameter.default is Parameter.empty or known.default is Parameter.empty:
         externals[name] = known.replace(default=Parameter.empty)
-    elif known.default is not parameter.default and known.default != parameter.default:
+    elif not _same_default(known.default, parameter.default):
         raise SpecMismatchError(
             f"Input {name!r} comes from outside with default {known.default!r} for an earlier "
             f"member and {parameter.default!r} for {path!r}. Give one of them another name: "
             f"specs=[ModuleSpec(inputs=[..], outputs=[..]), ..]."
         )
+
+
+def _same_default(first: Any, second: Any) -> bool:
+    """Whether two defaults are the same value; an array compares by identity."""
+    if first is second:
+        return True
+    return type(first) is type(second) and type(first) in _VALUES and bool(first == second)
 
 
 def _member_plan(
@@ -279,6 +308,10 @@ def _member_plan(
     return MemberPlan(
         parameters=tuple(parameters),
         positional=len(positional),
+        positional_only=sum(
+            name not in named or named[name].kind is Parameter.POSITIONAL_ONLY
+            for name in positional
+        ),
         sources=tuple(index_of[s] if isinstance(s, str) else s for s in resolved),
         defaults=tuple(
             named[name].default if name in named else Parameter.empty for name in parameters

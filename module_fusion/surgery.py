@@ -137,7 +137,7 @@ def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None)
         wanted = set(map(id, find_modules(model, paths).values()))
         chains = [c for c in chains if any(id(m) in wanted for m in _members(c))]
     rows = [_row(found, "unfused") for found in chains]
-    _undo_chains(chains, strays)
+    _undo_chains(model, chains, strays)
     return FusionReport(rows)
 
 
@@ -168,7 +168,7 @@ def fused(
     try:
         yield result
     finally:
-        _undo_chains([found for found in mine if state_of(found.last) is found.state], [])
+        _undo_chains(model, [found for found in mine if state_of(found.last) is found.state], [])
 
 
 def report(model: nn.Module) -> FusionReport:
@@ -252,10 +252,11 @@ def _make_jobs(
     running: set[int] = set()
     speculations: dict[Any, Speculation] = {}
     jobs: dict[tuple[int, ...], _Job] = {}
+    for group in groups:
+        _check_members(model, group)
     modules = dict(model.named_modules(remove_duplicate=False)) if kernel is not None else {}
     places = _places(modules)
     for group in groups:
-        _check_members(model, group)
         key = tuple(original_class(module) for module in group.modules)
         if key not in plans:
             plans[key] = _plan(group, specs)
@@ -287,22 +288,22 @@ def _check_members(model: nn.Module, group: Group) -> None:
     for path, module in zip(group.paths, group.modules, strict=True):
         if module is model:
             raise NotFusableError(f"{path!r} is the model itself, which cannot be a member.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotFusableError(
+                f"{path!r} is a scripted or traced module, which runs compiled code."
+            )
         if original_class(module).forward is nn.Module.forward:
             raise NotFusableError(
                 f"{path!r} is a {type(module).__name__}, a container that is never called. Name "
                 f"the modules in it, such as '{path}.*'."
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise NotFusableError(
-                f"{path!r} is a scripted or traced module, which runs compiled code."
-            )
         if KEY in module.__dict__ and state_of(module) is None:
             raise NotFusableError(f"{path!r} has an attribute {KEY!r} already.")
         if not isinstance(module, FusedModule) and hasattr(module, "fused_kernel"):
             raise NotFusableError(f"{path!r} has an attribute 'fused_kernel' already.")
-    for path, module in zip(group.paths, group.modules, strict=True):
-        for other, member in zip(group.paths, group.modules, strict=True):
-            if path != other and module is member:
+    for index, (path, module) in enumerate(zip(group.paths, group.modules, strict=True)):
+        for position, (other, member) in enumerate(zip(group.paths, group.modules, strict=True)):
+            if index < position and module is member:
                 raise NotFusableError(f"{path!r} and {other!r} are the same module.")
             if module is not member and any(m is member for m in module.modules()):
                 raise NotFusableError(
@@ -321,7 +322,7 @@ def _plan(group: Group, specs: Sequence[ModuleSpec] | None) -> Plan:
             ) from error
     if specs is None:
         return make_plan(forwards, infer_specs(forwards), group.paths)
-    if isinstance(specs, ModuleSpec) or not all(isinstance(spec, ModuleSpec) for spec in specs):
+    if not isinstance(specs, Sequence) or not all(isinstance(spec, ModuleSpec) for spec in specs):
         raise SpecMismatchError(
             "specs is a list of ModuleSpec, one per module: "
             "[ModuleSpec(inputs=['x'], outputs=['y']), ...]."
@@ -370,13 +371,16 @@ def _existing(group: Group, chain: Chain) -> Chain | None:
     state = state_of(group.modules[-1])
     if state is not None and state.chain is not None:
         known: Chain = state.chain
-        if (
-            len(known.collectors) == len(chain.collectors)
-            and all(a is b for a, b in zip(known.collectors, chain.collectors, strict=True))
-            and (known.kernel, known.plan) == (chain.kernel, chain.plan)
-            and (known.roles == chain.roles or known.kernel is None)
-        ):
-            return known
+        if list(map(id, known.collectors)) == list(map(id, chain.collectors)):
+            if (known.kernel, known.plan) == (chain.kernel, chain.plan) and (
+                known.roles == chain.roles or known.kernel is None
+            ):
+                return known
+            raise AlreadyFusedError(
+                f"{' -> '.join(group.paths)} is fused already, {_options(known)}; this call asks "
+                f"for it {_options(chain)}. Take the first one back: "
+                f"unfuse_modules(model, [{group.paths[-1]!r}])."
+            )
     for path, module in zip(group.paths, group.modules, strict=True):
         state = state_of(module)
         if state is not None and state.role is not None:
@@ -387,15 +391,21 @@ def _existing(group: Group, chain: Chain) -> Chain | None:
     return None
 
 
+def _options(chain: Chain) -> str:
+    kernel = "without a kernel" if chain.kernel is None else f"with the kernel {chain.kernel!r}"
+    return f"{kernel}, roles {list(chain.roles)} and inputs {chain.plan.signature}"
+
+
 def _check_no_overlap(jobs: Sequence[_Job]) -> None:
     """A module may collect for several chains of one call, and end only one."""
-    ends = {id(job.group.modules[-1]): job for job in jobs}
-    if len(ends) < len(jobs):
-        raise AlreadyFusedError(
-            "Two groups end in the same module: "
-            + "; ".join(" -> ".join(job.paths) for job in jobs[:4])
-            + ". A module can be the last of one chain only."
-        )
+    ends: dict[int, _Job] = {}
+    for job in jobs:
+        other = ends.setdefault(id(job.group.modules[-1]), job)
+        if other is not job:
+            raise AlreadyFusedError(
+                f"Two groups end in the same module: {' -> '.join(other.paths)}; "
+                f"{' -> '.join(job.paths)}. A module can be the last of one chain only."
+            )
     for job in jobs:
         for path, module in zip(job.paths, job.group.modules[:-1], strict=False):
             if id(module) in ends:
@@ -437,7 +447,8 @@ def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:
     def restore() -> None:
         state.__dict__.clear()
         state.__dict__.update(saved)
-        module.__class__ = cls
+        if type(module) is not cls:
+            module.__class__ = cls
         if not had_state:
             module.__dict__.pop(KEY, None)
 
@@ -472,8 +483,9 @@ def _kernelize(
             use_fallback=use_fallback,
         )
     except Exception as error:
+        reason = str(error).strip().rstrip(".") or type(error).__name__
         raise NotFusableError(
-            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: {error} "
+            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: {reason}. "
             f"The model is as it was before the call."
         ) from error
 
@@ -487,16 +499,17 @@ def _device_of(modules: Sequence[nn.Module]) -> str | torch.device:
     return torch.device("cpu")
 
 
-def _undo_chains(chains: Sequence[_Found], strays: Sequence[nn.Module]) -> None:
+def _undo_chains(model: nn.Module, chains: Sequence[_Found], strays: Sequence[nn.Module]) -> None:
     states = [state for found in chains for state in _states(found)]
     states += [state for stray in strays if (state := state_of(stray)) is not None]
     for state in states:
         module = state.module() if state.module is not None else None
         if module is not None and type(module) is not expected_class(state):
+            names = {id(m): name for name, m in model.named_modules()}
             raise UnfuseError(
-                f"The class of {state.path!r} is {type(module).__name__}; it was "
-                f"{expected_class(state).__name__} when it was fused. Undo first what changed it "
-                f"since, then unfuse."
+                f"The class of {(names.get(id(module)) or state.path)!r} is "
+                f"{type(module).__name__}; it was {expected_class(state).__name__} when it was "
+                f"fused. Undo first what changed it since, then unfuse."
             )
     for found in chains:
         if found.chain.seat is not None:
@@ -539,7 +552,7 @@ def _chains_in(model: nn.Module) -> list[_Found]:
     names: dict[int, str] = {}
     ends: list[tuple[nn.Module, ModuleState]] = []
     for name, module in model.named_modules():
-        names[id(module)] = name
+        names[id(module)] = name or "(the module itself)"
         state = state_of(module)
         if state is not None and state.chain is not None:
             ends.append((module, state))
