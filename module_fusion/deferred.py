@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _is_fwd_grad_enabled as is_forward_ad_enabled
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as function_modes
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
+from torch.nn.modules import module as torch_module
 
 from .code import asks_for_tensors
 from .errors import DeferredUseError
@@ -52,6 +54,15 @@ _IMMUTABLE = frozenset(
         torch.memory_format,
         torch.Size,
     }
+)
+GLOBAL_HOOKS = tuple(
+    getattr(torch_module, name)
+    for name in (
+        "_global_forward_pre_hooks",
+        "_global_forward_hooks",
+        "_global_backward_pre_hooks",
+        "_global_backward_hooks",
+    )
 )
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 _TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -82,16 +93,42 @@ class CapturedCall:
         weights: list[Tensor],
         context: Context,
     ) -> None:
+        known = len(weights)
         self.run = run
         self.module = module
         self.origin = origin
+        self.args = args
+        self.kwargs = kwargs
         self.tensors = weights
-        self.args = _frozen(args, weights)
-        self.kwargs = {k: _frozen(kwargs[k], weights) for k in kwargs} if kwargs else {}
         self.context = context
-        self.versions = _versions(self)
+        self.versions: list[int] | None = None
         self.done = False
         self.value: Any = None
+        if torch.compiler.is_dynamo_compiling():
+            _look_at_trace(self)
+            self._copy_inputs(every=True)
+            return
+        for value in args:
+            _note(value, weights)
+        for name in kwargs:
+            _note(kwargs[name], weights)
+        try:
+            self.versions = [tensor._version for tensor in weights]
+        except RuntimeError:  # Inference tensors do not count their modifications.
+            self._copy_inputs(every=False)
+            if any(weight.is_inference() for weight in weights[:known]):
+                raise NotCapturableError("has a weight that is an inference tensor") from None
+            self.tensors = [tensor for tensor in weights if not tensor.is_inference()]
+            self.versions = [tensor._version for tensor in self.tensors]
+
+    def _copy_inputs(self, every: bool) -> None:
+        """Keep copies of the tensors whose modifications cannot be counted.
+
+        Those are inference tensors, and all tensors while torch.compile traces; Inductor removes
+        the copy again where nothing modifies the original.
+        """
+        self.args = _copied(self.args, every)
+        self.kwargs = {name: _copied(self.kwargs[name], every) for name in self.kwargs}
 
     @property
     def path(self) -> str:
@@ -131,8 +168,8 @@ class CapturedCall:
             device = _device_type(args)
             with torch.set_grad_enabled(grad), torch.autocast(device, enabled=autocast):
                 return self.run(self.module, args, kwargs)
-        inference, forward_ad, hooks, *modes = rest
-        now_inference, now_forward_ad, now_hooks, *now_modes = now[3:]
+        inference, forward_ad, hooks, *modes = rest[:5]
+        now_inference, now_forward_ad, now_hooks, *now_modes = now[3:8]
         if modes != now_modes:
             self._refuse_mode()
         if grad and forward_ad and not now_forward_ad and not now_inference:
@@ -157,7 +194,8 @@ def calling_context() -> Context:
     """What a computation depends on besides its inputs.
 
     Grad mode, autocast, `torch.func` transforms; and where torch.compile is not tracing also
-    inference mode, forward-mode AD, saved-tensor hooks, and the function and dispatch modes.
+    inference mode, forward-mode AD, saved-tensor hooks, the function and dispatch modes,
+    torch.jit.trace and global module hooks.
     """
     if torch.compiler.is_dynamo_compiling():
         return (is_grad_enabled(), is_any_autocast_enabled(), are_transforms_active())
@@ -170,6 +208,8 @@ def calling_context() -> Context:
         top_saved_tensors_hooks(True),
         function_modes(),
         dispatch_modes(),
+        tracing_state() is not None,
+        any(GLOBAL_HOOKS),
     )
 
 
@@ -312,41 +352,32 @@ def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(type(kwargs[name]) is DeferredOutput for name in kwargs)
 
 
-def _frozen(value: Any, tensors: list[Tensor]) -> Any:
-    """The value, if nothing in it can change unnoticed. Adds its tensors to `tensors`."""
+def _note(value: Any, tensors: list[Tensor]) -> None:
+    """Add the tensors in a captured input to `tensors`; refuse what could change unnoticed."""
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        tensors.append(value)
+    elif kind is tuple:
+        for item in value:
+            _note(item, tensors)
+    elif kind is not DeferredOutput and kind not in _IMMUTABLE:
+        raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
+
+
+def _copied(value: Any, every: bool) -> Any:
     kind = type(value)
     if kind is tuple:
-        return tuple([_frozen(item, tensors) for item in value])
+        return tuple([_copied(item, every) for item in value])
     if kind is Tensor or kind is nn.Parameter:
-        if torch.compiler.is_dynamo_compiling() or value.is_inference():
-            return _copy(value)
-        tensors.append(value)
-        return value
-    if kind is DeferredOutput or kind in _IMMUTABLE:
-        return value
-    raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy of a tensor whose modifications cannot be counted.
-
-    That is so for inference tensors, and for all tensors while torch.compile traces; Inductor
-    removes the copy again where nothing modifies the original.
-    """
-    copy = tensor.clone()
-    if copy.stride() != tensor.stride():
-        raise NotCapturableError("got a tensor with overlapping memory")
-    return copy
-
-
-def _versions(call: CapturedCall) -> list[int] | None:
-    if torch.compiler.is_dynamo_compiling():
-        _look_at_trace(call)
-        return None
-    try:
-        return [tensor._version for tensor in call.tensors]
-    except RuntimeError:
-        raise NotCapturableError("has a weight that is an inference tensor") from None
+        if not every and not value.is_inference():
+            return value
+        copy = value.clone()
+        if copy.stride() != value.stride():
+            raise NotCapturableError("got a tensor with overlapping memory")
+        return copy
+    if kind is not DeferredOutput and kind not in _IMMUTABLE:
+        raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
+    return value
 
 
 def _modified(call: CapturedCall) -> bool:

@@ -11,26 +11,21 @@ device and dtype, and nothing that draws random numbers or updates a buffer at t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from .code import function_of, names_in
 from .deferred import Context
 
 ORIGINAL = "_fusion_original_class"
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, name)
-    for name in (
-        "_global_forward_pre_hooks",
-        "_global_forward_hooks",
-        "_global_backward_pre_hooks",
-        "_global_backward_hooks",
-    )
-)
 _RANDOM_NAMES = ("rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
+
+
+Effects = Callable[[Any], bool]
 
 
 class _Part(NamedTuple):
@@ -40,7 +35,7 @@ class _Part(NamedTuple):
     parent: int
     key: str
     cls: type
-    effects: Callable[[nn.Module], bool] | None
+    effects: Effects | None
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -83,27 +78,29 @@ class MemberForm:
                 return f"{role} has a class whose forward was replaced, {owner.__name__}"
         modules: list[Any] = []
         for name, parent, key, cls, effects, children, parameters in self.parts:
-            module = modules[parent]._modules.get(key) if modules else member
+            module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
                 return f"{role}{name} is a {_name(type(module))}, was a {_name(cls)}"
             if module is None:
                 continue
+            own = module.__dict__
             if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
             ):
                 return f"{role}{name} has a hook"
-            if "forward" in module.__dict__:
+            if "forward" in own:
                 return f"{role}{name} has an instance-level forward"
             if effects is not None and effects(module):
                 return f"{role}{name} may draw random numbers or update buffers when it runs"
-            if len(module._modules) != children or len(module._parameters) != len(parameters):
+            own_parameters = own["_parameters"]
+            if len(own["_modules"]) != children or len(own_parameters) != len(parameters):
                 return f"{role}{name} has other children or parameters than before"
             for parameter_key, dtype, device in parameters:
-                parameter = module._parameters.get(parameter_key)
+                parameter = own_parameters.get(parameter_key)
                 if parameter is None or dtype is None:
                     if parameter is not None or dtype is not None:
                         return f"{role}{name} has another {parameter_key} than before"
@@ -118,9 +115,8 @@ class MemberForm:
                         f"kernelize again"
                     )
                 weights.append(parameter)
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    weights.append(buffer)
+            if own["_buffers"]:
+                weights.extend(b for b in own["_buffers"].values() if b is not None)
         return None
 
 
@@ -134,36 +130,53 @@ def original_of(cls: type) -> Any:
 
 def why_not_under(context: Context) -> str | None:
     """The reason why no kernel may run in a context, or None."""
-    _, autocast, transforms, *_ = context
+    _, autocast, transforms, *rest = context
     if autocast:
         return "autocast is on"
     if transforms:
         return "a torch.func transform is active"
-    if torch.compiler.is_dynamo_compiling():
-        return None
-    if torch._C._get_tracing_state() is not None:
+    if rest and rest[-2]:
         return "torch.jit is tracing"
-    if any(_GLOBAL_HOOKS):
+    if rest and rest[-1]:
         return "a global module hook is registered"
     return None
 
 
-def _effects(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
+def _effects(cls: type[nn.Module]) -> Effects | None:
     """Tells of a module of this class whether running it has an effect besides its output."""
     if issubclass(cls, nn.modules.dropout._DropoutNd):
-        return lambda module: module.training and module.p > 0  # type: ignore[operator, return-value]
+        return _drops
     if issubclass(cls, nn.modules.batchnorm._NormBase):
-        return lambda module: module.training and bool(module.track_running_stats)
+        return _tracks
     function = function_of(cls.forward)
-    if function is None:
-        return lambda module: True
-    names = names_in(function.__code__)
+    return _always if function is None else _effects_of(function.__code__)
+
+
+@lru_cache(maxsize=4096)
+def _effects_of(code: CodeType) -> Effects | None:
+    names = names_in(code)
     draws = any(name.startswith(_RANDOM_NAMES) for name in names)
     drops = any("dropout" in name or "drop_path" in name for name in names)
     if draws or (drops and "training" not in names):
-        return lambda module: True
+        return _always
     # What asks whether it is training does something then that it does not do otherwise.
-    return (lambda module: module.training) if "training" in names else None
+    return _trains if "training" in names else None
+
+
+def _always(module: Any) -> bool:
+    return True
+
+
+def _trains(module: Any) -> bool:
+    return bool(module.training)
+
+
+def _drops(module: Any) -> bool:
+    return bool(module.training and module.p > 0)
+
+
+def _tracks(module: Any) -> bool:
+    return bool(module.training and module.track_running_stats)
 
 
 def _name(cls: type) -> str:

@@ -178,12 +178,15 @@ class Chain:
         weights: list[Tensor] = []
         now = calling_context()
         form: MemberForm = last.__dict__[KEY].form
-        reason = why_not_under(now) or form.why_not_plain(last, self.roles[-1], weights)
+        reason = form.why_not_plain(last, self.roles[-1], weights)
+        if reason is None and not self.collectors:
+            reason = why_not_under(now)
         if reason is not None:
             return [], reason
         inputs, calls, reason = self._gather(args, kwargs)
         if reason is not None:
             return [], reason
+        # A captured call has a context that a kernel may run in.
         for call in calls:
             if call.context != now:
                 return [], "the members are called under different grad modes, hooks or graphs"
@@ -220,68 +223,72 @@ class Chain:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], list[CapturedCall], str | None]:
         """Follow the wires from the last member back to the captured calls."""
-        plan = self.plan
-        inputs: list[Any] = [_MISSING] * len(plan.signature.parameters)
-        calls: list[CapturedCall | None] = [None] * len(self.collectors)
-        for index in range(len(plan.members) - 1, -1, -1):
-            member = plan.members[index]
+        inputs: list[Any] = [_MISSING] * self.plan.inputs
+        calls: list[Any] = [None] * len(self.collectors)
+        for index in range(len(calls), -1, -1):
+            member = self.plan.members[index]
             if index < len(calls):
                 call = calls[index]
                 if call is None:
                     return [], [], f"the output of {self.roles[index]!r} was not used"
                 args, kwargs = call.args, call.kwargs
-            values = member.bind(args, kwargs)
-            if isinstance(values, str):
-                return [], [], f"{self.roles[index]!r} got {values!r}, which its spec leaves out"
-            for position, source in enumerate(member.sources):
-                value = values[position]
-                if isinstance(source, Wire):
-                    reason = self._follow(source, value, calls, f"{member.parameters[position]!r}")
-                    if reason is not None:
-                        return [], [], f"{reason} of {self.roles[index]!r}"
-                    continue
-                if source is None:
-                    if value is not Parameter.empty:
-                        name = member.parameters[position]
-                        return (
-                            [],
-                            [],
-                            f"{self.roles[index]!r} got {name!r}, which its spec leaves out",
-                        )
-                    continue
-                if value is Parameter.empty:
-                    value = member.defaults[position]
-                    if value is Parameter.empty:
-                        name = member.parameters[position]
-                        return [], [], f"{self.roles[index]!r} was called without {name!r}"
-                known = inputs[source.position]
-                if known is not _MISSING and known is not value:
-                    name = list(plan.signature.parameters)[source.position]
-                    return [], [], f"two members got different values for {name!r}"
-                inputs[source.position] = value
-        return inputs, [call for call in calls if call is not None], None
+            pairs: list[tuple[Any, Any, int]]
+            if member.only is not None and len(args) == 1 and not kwargs:
+                pairs = [(args[0], member.only, 0)]
+            else:
+                values = member.bind(args, kwargs)
+                if isinstance(values, str):
+                    return (
+                        [],
+                        [],
+                        f"{self.roles[index]!r} got {values!r}, which its spec leaves out",
+                    )
+                pairs = list(zip(values, member.sources, range(len(values))))  # noqa: B905
+            for value, source, position in pairs:
+                if type(source) is Wire:
+                    reason = self._follow(source, value, calls)
+                else:
+                    reason = self._take(source, value, inputs, member.defaults[position])
+                if reason is not None:
+                    name = member.parameters[position]
+                    return [], [], reason.format(what=f"{name!r} of {self.roles[index]!r}")
+        return inputs, calls, None
 
-    def _follow(
-        self, wire: Wire, value: Any, calls: list[CapturedCall | None], what: str
+    def _take(
+        self, source: External | None, value: Any, inputs: list[Any], default: Any
     ) -> str | None:
+        """Note an input from outside, or say why it cannot be one."""
+        if source is None:
+            return None if value is Parameter.empty else "{what} was passed; its spec leaves it out"
+        if value is Parameter.empty:
+            value = default
+            if value is Parameter.empty:
+                return "{what} was not passed"
+        known = inputs[source.position]
+        if known is not _MISSING and known is not value:
+            return "another member got another value for {what}"
+        inputs[source.position] = value
+        return None
+
+    def _follow(self, wire: Wire, value: Any, calls: list[Any]) -> str | None:
         """Note the captured call at the other end of a wire, or say why it is not there."""
         producer = self.collectors[wire.member]
         role = self.roles[wire.member]
         if type(value) is not DeferredOutput:
             fusion = state_of(producer)
             if fusion and fusion.reason and not torch.compiler.is_dynamo_compiling():
-                return f"{fusion.reason}; it gave no deferred value for {what}"
-            return f"the output of {role!r} was changed or replaced before it became {what}"
+                return f"{fusion.reason}; it gave no deferred value for {{what}}"
+            return f"the output of {role!r} was changed or replaced before it became {{what}}"
         call: CapturedCall = value.__dict__["_captured_call"]
-        index = value.__dict__["_output_index"] or 0
-        if call.module is not producer or index != wire.output:
-            return f"the output of another module or call came as {what}"
+        index = value.__dict__["_output_index"]
+        if call.module is not producer or (index or 0) != wire.output:
+            return "the output of another module or call came as {what}"
         if call.done:
-            return f"the output of {role!r} was used by something else before it became {what}"
+            return f"the output of {role!r} was used by something else before it became {{what}}"
         if calls[wire.member] is None:
             calls[wire.member] = call
         elif calls[wire.member] is not call:
-            return f"the output of another call of {role!r} came as {what}"
+            return f"the output of another call of {role!r} came as {{what}}"
         return None
 
 

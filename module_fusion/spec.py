@@ -75,7 +75,8 @@ class MemberPlan:
 
     `sources` has an entry for each name in `parameters`, `None` where the parameter is left
     out of the chain. `positional` counts the parameters a caller may pass by position, and
-    `positional_only` those that he cannot pass by name.
+    `positional_only` those that he cannot pass by name. `only` is the source of a member whose
+    first parameter is its only input: nearly all of them.
     """
 
     parameters: tuple[str, ...]
@@ -84,6 +85,7 @@ class MemberPlan:
     sources: tuple[Wire | External | None, ...]
     defaults: tuple[Any, ...]
     outputs: int
+    only: Wire | External | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | str:
         """Values by parameter, `Parameter.empty` where not passed, or the name not in the plan."""
@@ -106,6 +108,7 @@ class Plan:
 
     members: tuple[MemberPlan, ...]
     signature: Signature
+    inputs: int
 
 
 def infer_specs(forwards: Sequence[Signature]) -> list[ModuleSpec]:
@@ -178,7 +181,7 @@ def make_plan(
         _member_plan(signature, spec, sources, index_of) for signature, spec, sources in resolved
     )
     _check_all_used(members, specs, paths)
-    return Plan(members, Signature(ordered))
+    return Plan(members, Signature(ordered), len(ordered))
 
 
 def forward_signature(cls: type[nn.Module]) -> Signature:
@@ -305,6 +308,8 @@ def _member_plan(
     positional = [name for name, p in named.items() if p.kind in _POSITIONAL] + extra
     parameters = positional + [name for name in named if name not in positional]
     resolved = [sources.get(name) for name in parameters]
+    final = tuple(index_of[s] if isinstance(s, str) else s for s in resolved)
+    straight = bool(positional) and final.count(None) == len(final) - 1
     return MemberPlan(
         parameters=tuple(parameters),
         positional=len(positional),
@@ -312,11 +317,12 @@ def _member_plan(
             name not in named or named[name].kind is Parameter.POSITIONAL_ONLY
             for name in positional
         ),
-        sources=tuple(index_of[s] if isinstance(s, str) else s for s in resolved),
+        sources=final,
         defaults=tuple(
             named[name].default if name in named else Parameter.empty for name in parameters
         ),
         outputs=len(spec.outputs),
+        only=final[0] if straight else None,
     )
 
 

@@ -234,7 +234,9 @@ class Case:
         """Whether a member's output is used by more than one step or returned besides."""
         used = list(self.returned[1])
         for step in self.steps:
-            used += [step.source] if isinstance(step, Op) else [*step.args, *dict(step.kwargs).values()]
+            used += (
+                [step.source] if isinstance(step, Op) else [*step.args, *dict(step.kwargs).values()]
+            )
         outputs = [out for step in self.steps if isinstance(step, Call) for out in step.outs]
         return any(used.count(out) > 1 for out in outputs)
 
@@ -301,7 +303,9 @@ def _members(draw: st.DrawFn) -> tuple[list[type[nn.Module]], list[ModuleSpec] |
     length = draw(st.integers(1, 4))
     if length >= 2 and draw(st.integers(0, 3)) == 0:
         wired = draw(st.sampled_from([("p", "q"), ("p", "_")]))
-        after: type[nn.Module] = Join if wired == ("p", "q") else draw(st.sampled_from([Scale, Deep]))
+        after: type[nn.Module] = (
+            Join if wired == ("p", "q") else draw(st.sampled_from([Scale, Deep]))
+        )
         specs = [ModuleSpec(["x"], wired)]
         specs.append(ModuleSpec(["p", "q"] if after is Join else ["p"], ["y"]))
         rest = draw(st.lists(st.sampled_from([Scale, Deep]), max_size=length - 2))

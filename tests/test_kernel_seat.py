@@ -174,9 +174,9 @@ def test_an_input_that_the_spec_leaves_out_makes_the_members_run_when_it_is_pass
         fuse_modules(model, ["0.norm", "0.attention"], specs, kernel="Kernel")
     assert torch.equal(model[0](*call), expected)
     assert runs(kernel) == 0
-    assert last_reasons(model) == ["'attention' got 'mask', which its spec leaves out"]
+    assert last_reasons(model) == ["'mask' of 'attention' was passed; its spec leaves it out"]
     model[0](x, x + 1, None, "keyword")
-    assert last_reasons(model) == ["'attention' got 'mask', which its spec leaves out"]
+    assert last_reasons(model) == ["'mask' of 'attention' was passed; its spec leaves it out"]
 
 
 def test_one_name_for_two_inputs_must_be_one_object_at_run_time(x: Tensor) -> None:
@@ -195,7 +195,7 @@ def test_one_name_for_two_inputs_must_be_one_object_at_run_time(x: Tensor) -> No
         fuse_modules(model, ["0.first", "0.second"], specs, kernel="Kernel")
     assert torch.equal(model[0](x, x, x + 1), x * x * (x + 1))
     assert runs(kernel) == 0
-    assert last_reasons(model) == ["two members got different values for 'cos'"]
+    assert last_reasons(model) == ["another member got another value for 'cos' of 'first'"]
     assert torch.equal(model[0](x, x, x), x * x * x)
     assert runs(kernel) == 1
 

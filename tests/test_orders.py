@@ -114,7 +114,7 @@ def test_any_order_of_fuses_and_unfuses_keeps_the_result_and_is_undone_exactly(
         assert list(model.state_dict()) == list(twin.state_dict())
     unfuse_modules(model)
     assert structure(model) == before
-    assert report(model).groups == []
+    assert report(model).groups == ()
 
 
 @given(step=STEPS, others=st.lists(STEPS, max_size=3))
@@ -200,7 +200,7 @@ def test_fused_leaves_what_was_fused_before_and_takes_an_unfuse_inside() -> None
     assert structure(model) == middle
     with fused(model, PATHS):
         unfuse_modules(model)
-    assert report(model).groups == []
+    assert report(model).groups == ()
 
 
 def test_the_same_call_again_is_harmless_and_said() -> None:
@@ -219,9 +219,9 @@ def test_a_partial_unfuse_takes_back_the_chains_a_path_touches() -> None:
     assert [group.paths[0] for group in gone.groups] == ["layers.1.norm", "layers.2.norm"]
     assert [group.paths[0] for group in report(model).groups] == ["layers.0.norm", "layers.3.norm"]
     assert type(model.layers[1]) is Block
-    assert unfuse_modules(model, "layers.1.norm").groups == []
+    assert unfuse_modules(model, "layers.1.norm").groups == ()
     assert len(unfuse_modules(model).groups) == 2
-    assert unfuse_modules(model).groups == []
+    assert unfuse_modules(model).groups == ()
 
 
 def test_unfusing_a_part_restores_the_part_and_the_rest_later() -> None:

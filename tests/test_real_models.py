@@ -164,7 +164,7 @@ ARCHITECTURES = {
         {**GROUPED, "num_local_experts": 4},
         BEFORE_MLP,
         # Its router can jitter the hidden states with random numbers in training.
-        refused="draws random numbers",
+        refused="may draw random numbers",
     ),
     "bert": Architecture(hf.BertForMaskedLM, hf.BertConfig, DENSE),
     "vit": Architecture(

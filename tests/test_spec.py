@@ -418,7 +418,7 @@ def test_a_call_that_passes_a_parameter_left_out_runs_the_members() -> None:
         model,
         layer,
         lambda: model(X, shift=2.0),
-        reason="'second' got 'shift', which its spec leaves out",
+        reason="'shift' of 'second' was passed; its spec leaves it out",
     )
 
 
@@ -496,7 +496,7 @@ def test_one_outside_name_is_one_value_for_every_member() -> None:
         model,
         fuse(model, specs, inputs=2),
         lambda: model(X, 0.25, 0.75),
-        reason="two members got different values for 'shift'",
+        reason="another member got another value for 'shift' of 'first'",
     )
 
 
