@@ -293,7 +293,7 @@ def materialise(value: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             _trace_again(value.__dict__["_captured_call"])
         return _value_of_output(value)
-    if kind in _IMMUTABLE:
+    if kind in _IMMUTABLE or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple):
         items = [materialise(item) for item in value]
