@@ -1,11 +1,14 @@
-"""What functions do, as far as the names in their code tell."""
+"""What functions do and ask, as far as their code tells."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import dis
+import linecache
 from collections.abc import Iterator
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -103,3 +106,38 @@ def _contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def types_asked_for(frame: FrameType) -> Any:
+    """The second argument of the `isinstance` call a frame is at, `None` if it cannot be told."""
+    if frame.f_code.co_name == "__instancecheck__":
+        # A metaclass in Python, as those of Parameter and of the abstract base classes.
+        return frame.f_locals[frame.f_code.co_varnames[0]]
+    if not hasattr(frame.f_code, "co_positions"):
+        return None
+    first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    if first is None or first != last:
+        return None
+    line = linecache.getline(frame.f_code.co_filename, first).encode()
+    try:
+        call = ast.parse(line[start:end].decode().strip(), mode="eval").body
+        if isinstance(call, ast.Call) and _value_of(call.func, frame) is isinstance:
+            return _value_of(call.args[1], frame)
+    except (SyntaxError, LookupError, AttributeError, TypeError):
+        pass
+    return None
+
+
+def _value_of(node: ast.expr, frame: FrameType) -> Any:
+    """The value of a name, an attribute, a tuple or a union of them."""
+    if isinstance(node, ast.Name):
+        for scope in (frame.f_locals, frame.f_globals, vars(builtins)):
+            if node.id in scope:
+                return scope[node.id]
+    elif isinstance(node, ast.Attribute):
+        return getattr(_value_of(node.value, frame), node.attr)
+    elif isinstance(node, ast.Tuple):
+        return tuple(_value_of(item, frame) for item in node.elts)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _value_of(node.left, frame) | _value_of(node.right, frame)
+    raise LookupError(ast.dump(node))

@@ -12,32 +12,20 @@ calls up, and a call nobody uses is freed like any other object.
 
 from __future__ import annotations
 
-import ast
-import builtins
-import linecache
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _get_tracing_state as tracing_state
-from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
-from torch._C import _is_fwd_grad_enabled as is_forward_ad_enabled
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C import _len_torch_function_stack as function_modes
-from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
-from torch.nn.modules import module as torch_module
+from torch import Tensor, nn
 
-from .code import asks_for_tensors
+from .code import types_asked_for
+from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
-
-Context = tuple[Any, ...]
+from .tracing import look_at_trace, trace_again
 
 _IMMUTABLE = frozenset(
     {
@@ -55,17 +43,7 @@ _IMMUTABLE = frozenset(
         torch.Size,
     }
 )
-GLOBAL_HOOKS = tuple(
-    getattr(torch_module, name)
-    for name in (
-        "_global_forward_pre_hooks",
-        "_global_forward_hooks",
-        "_global_backward_pre_hooks",
-        "_global_backward_hooks",
-    )
-)
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
-_TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
 class NotCapturableError(Exception):
@@ -105,7 +83,7 @@ class CapturedCall:
         self.done = False
         self.value: Any = None
         if torch.compiler.is_dynamo_compiling():
-            _look_at_trace(self)
+            look_at_trace(self)
             self._copy_inputs(every=True)
             return
         for value in args:
@@ -179,7 +157,7 @@ class CapturedCall:
             stack.enter_context(torch.set_grad_enabled(grad))
             stack.enter_context(torch.autocast(_device_type(args), enabled=False))
             if hooks != now_hooks:
-                stack.enter_context(_SavedTensorHooks(hooks))
+                stack.enter_context(SavedTensorHooks(hooks))
             return self.run(self.module, args, kwargs)
 
     def _refuse_mode(self) -> None:
@@ -188,29 +166,6 @@ class CapturedCall:
             f"transform, TorchFunctionMode or TorchDispatchMode than the one the module was called "
             f"under. {_way_out(self.path)}"
         )
-
-
-def calling_context() -> Context:
-    """What a computation depends on besides its inputs.
-
-    Grad mode, autocast, `torch.func` transforms; and where torch.compile is not tracing also
-    inference mode, forward-mode AD, saved-tensor hooks, the function and dispatch modes,
-    torch.jit.trace and global module hooks.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return (is_grad_enabled(), is_any_autocast_enabled(), are_transforms_active())
-    return (
-        is_grad_enabled(),
-        is_any_autocast_enabled(),
-        are_transforms_active(),
-        is_inference_mode_enabled(),
-        is_forward_ad_enabled(),
-        top_saved_tensors_hooks(True),
-        function_modes(),
-        dispatch_modes(),
-        tracing_state() is not None,
-        any(GLOBAL_HOOKS),
-    )
 
 
 class DeferredOutput:
@@ -235,7 +190,7 @@ class DeferredOutput:
         value = materialise(self)
         if not isinstance(value, Tensor):
             return type(value)
-        asked = _types_asked_for(frame)
+        asked = types_asked_for(frame)
         if asked is not None:
             return type(value) if isinstance(value, asked) else DeferredOutput
         path = self.__dict__["_captured_call"].path
@@ -291,7 +246,7 @@ def materialise(value: Any) -> Any:
         return value
     if kind is DeferredOutput:
         if torch.compiler.is_dynamo_compiling():
-            _trace_again(value.__dict__["_captured_call"])
+            trace_again(value.__dict__["_captured_call"])
         return _value_of_output(value)
     if kind in _IMMUTABLE or isinstance(value, Tensor):
         return value
@@ -382,72 +337,9 @@ def _copied(value: Any, every: bool) -> Any:
 
 def _modified(call: CapturedCall) -> bool:
     if torch.compiler.is_dynamo_compiling():
-        _look_at_trace(call)
+        look_at_trace(call)
         return False
     return call.versions is not None and [t._version for t in call.tensors] != call.versions
-
-
-class Speculation:
-    """Whether captured calls are worth trying while torch.compile traces.
-
-    Like torch.compile's own speculation: trace with the calls captured, and where anything but
-    the fused module turns out to use a captured value, start again with nothing captured. So
-    a graph holds either the kernel or what the unfused model has. Blocks of the same classes
-    that are fused by one call share one.
-    """
-
-    def __init__(self) -> None:
-        self.holds = True
-
-
-def _trace_again(call: CapturedCall) -> None:  # `call` is read by name
-    from torch._dynamo.comptime import comptime
-
-    comptime(_give_up_call)
-
-
-def _give_up_call(ctx: Any) -> None:
-    call = ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    if call.source is None:  # Captured in this very trace, not before a graph break.
-        _give_up(ctx, call)
-
-
-def _give_up(ctx: Any, call: Any) -> None:
-    """Start the trace again without captured calls."""
-    from torch._dynamo.exc import RestartAnalysis
-
-    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    speculation = call.var_getattr(tx, "origin").var_getattr(tx, "speculation").realize().value
-    if speculation.holds:
-        speculation.holds = False
-        tx.speculation_log.clear()
-        raise RestartAnalysis(restart_reason="the output of a fused module is used elsewhere")
-
-
-def _look_at_trace(call: CapturedCall) -> None:
-    """Look at the weights, and at the code, that torch.compile traces."""
-    from torch._dynamo.comptime import comptime
-
-    for tensor in call.tensors:  # noqa: B007
-        comptime(_check_traced)
-
-
-def _check_traced(ctx: Any) -> None:
-    """Compare a weight, and the code traced since, with the first time it was looked at.
-
-    torch.compile answers `isinstance` and `type` from the class alone, so code that asks for
-    tensors must not have seen the deferred value.
-    """
-    fake = ctx.get_local("tensor").as_fake()
-    traced = torch._guards.TracingContext.get_traced_code() or []
-    version = None if fake.is_inference() else fake._version
-    seen, first = fake.__dict__.setdefault("_when_captured", (len(traced), version))
-    asking = any(
-        asks_for_tensors(code) and not code.co_filename.startswith(_TORCH_AND_SELF)
-        for code in traced[seen:]
-    )
-    if version != first or asking:
-        _give_up(ctx, ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker())
 
 
 def _device_type(args: Any) -> str:
@@ -455,31 +347,6 @@ def _device_type(args: Any) -> str:
         if isinstance(value, Tensor):
             return value.device.type
     return "cpu"
-
-
-class _SavedTensorHooks:
-    """Puts the saved-tensor hooks of an earlier moment in force."""
-
-    def __init__(self, hooks: tuple[Any, Any] | None) -> None:
-        self.hooks = hooks
-        self.popped: list[tuple[Any, Any]] = []
-        self.pushed = False
-
-    def __enter__(self) -> None:
-        autograd = torch._C._autograd
-        while (top := autograd._top_saved_tensors_default_hooks(True)) not in (None, self.hooks):
-            self.popped.append(top)
-            autograd._pop_saved_tensors_default_hooks()
-        if top is None and self.hooks is not None:
-            autograd._push_saved_tensors_default_hooks(*self.hooks)
-            self.pushed = True
-
-    def __exit__(self, *exc_info: object) -> None:
-        autograd = torch._C._autograd
-        if self.pushed:
-            autograd._pop_saved_tensors_default_hooks()
-        for hooks in reversed(self.popped):
-            autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def _refuse_in_autograd_function(call: CapturedCall) -> None:
@@ -498,41 +365,6 @@ def _way_out(path: str) -> str:
 
 def _identity(value: Any) -> Any:
     return value
-
-
-def _types_asked_for(frame: FrameType) -> Any:
-    """The second argument of the `isinstance` call a frame is at, `None` if it cannot be told."""
-    if frame.f_code.co_name == "__instancecheck__":
-        # A metaclass in Python, as those of Parameter and of the abstract base classes.
-        return frame.f_locals[frame.f_code.co_varnames[0]]
-    if not hasattr(frame.f_code, "co_positions"):
-        return None
-    first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    if first is None or first != last:
-        return None
-    line = linecache.getline(frame.f_code.co_filename, first).encode()
-    try:
-        call = ast.parse(line[start:end].decode().strip(), mode="eval").body
-        if isinstance(call, ast.Call) and _value_of(call.func, frame) is isinstance:
-            return _value_of(call.args[1], frame)
-    except (SyntaxError, LookupError, AttributeError, TypeError):
-        pass
-    return None
-
-
-def _value_of(node: ast.expr, frame: FrameType) -> Any:
-    """The value of a name, an attribute, a tuple or a union of them."""
-    if isinstance(node, ast.Name):
-        for scope in (frame.f_locals, frame.f_globals, vars(builtins)):
-            if node.id in scope:
-                return scope[node.id]
-    elif isinstance(node, ast.Attribute):
-        return getattr(_value_of(node.value, frame), node.attr)
-    elif isinstance(node, ast.Tuple):
-        return tuple(_value_of(item, frame) for item in node.elts)
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _value_of(node.left, frame) | _value_of(node.right, frame)
-    raise LookupError(ast.dump(node))
 
 
 def _forward_operators() -> None:

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .context import calling_context
 from .deferred import (
     CapturedCall,
     DeferredOutput,
     NotCapturableError,
-    Speculation,
-    calling_context,
     computed,
     holds_deferred,
     materialise,
 )
 from .errors import FusionError, NotFusableError
 from .plain import ORIGINAL, MemberForm, original_of, why_not_under
+from .tracing import Speculation
 
 if TYPE_CHECKING:
     _Mixin = nn.Module

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .code import function_of, names_in
-from .deferred import Context
+from .context import Context
 
 ORIGINAL = "_fusion_original_class"
 _RANDOM_NAMES = ("rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")

@@ -19,7 +19,8 @@ import torch
 from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
-from .deferred import CapturedCall, DeferredOutput, calling_context
+from .context import calling_context
+from .deferred import CapturedCall, DeferredOutput
 from .errors import SpecMismatchError
 from .modules import KEY, ModuleState, call_as_itself, state_of, thread
 from .plain import MemberForm, why_not_under

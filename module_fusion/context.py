@@ -1,0 +1,76 @@
+"""The context of a call: what a computation depends on besides its inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _is_fwd_grad_enabled as is_forward_ad_enabled
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _len_torch_function_stack as function_modes
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
+from torch.nn.modules import module as torch_module
+
+Context = tuple[Any, ...]
+
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, name)
+    for name in (
+        "_global_forward_pre_hooks",
+        "_global_forward_hooks",
+        "_global_backward_pre_hooks",
+        "_global_backward_hooks",
+    )
+)
+
+
+def calling_context() -> Context:
+    """What a computation depends on besides its inputs.
+
+    Grad mode, autocast, `torch.func` transforms; and where torch.compile is not tracing also
+    inference mode, forward-mode AD, saved-tensor hooks, the function and dispatch modes,
+    torch.jit.trace and global module hooks.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return (is_grad_enabled(), is_any_autocast_enabled(), are_transforms_active())
+    return (
+        is_grad_enabled(),
+        is_any_autocast_enabled(),
+        are_transforms_active(),
+        is_inference_mode_enabled(),
+        is_forward_ad_enabled(),
+        top_saved_tensors_hooks(True),
+        function_modes(),
+        dispatch_modes(),
+        tracing_state() is not None,
+        any(_GLOBAL_HOOKS),
+    )
+
+
+class SavedTensorHooks:
+    """Puts the saved-tensor hooks of an earlier moment in force."""
+
+    def __init__(self, hooks: tuple[Any, Any] | None) -> None:
+        self.hooks = hooks
+        self.popped: list[tuple[Any, Any]] = []
+        self.pushed = False
+
+    def __enter__(self) -> None:
+        autograd = torch._C._autograd
+        while (top := autograd._top_saved_tensors_default_hooks(True)) not in (None, self.hooks):
+            self.popped.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        if top is None and self.hooks is not None:
+            autograd._push_saved_tensors_default_hooks(*self.hooks)
+            self.pushed = True
+
+    def __exit__(self, *exc_info: object) -> None:
+        autograd = torch._C._autograd
+        if self.pushed:
+            autograd._pop_saved_tensors_default_hooks()
+        for hooks in reversed(self.popped):
+            autograd._push_saved_tensors_default_hooks(*hooks)

@@ -1,0 +1,92 @@
+"""What is fused in a model now: chains, their members and their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .modules import ModuleState, original_class, state_of
+from .report import GroupReport
+from .seat import Chain
+
+
+@dataclass
+class Found:
+    """One chain found in a model, with the paths its members have now."""
+
+    chain: Chain
+    last: nn.Module
+    state: ModuleState
+    paths: tuple[str, ...]
+
+
+def states_of(found: Found) -> list[ModuleState]:
+    """States of a chain's modules that still belong to it."""
+    states = [found.state, *found.chain.states, found.chain.boundary]
+    alive = []
+    for state in states:
+        module = state.module() if state is not None and state.module is not None else None
+        if state is not None and module is not None and state_of(module) is state:
+            alive.append(state)
+    return alive
+
+
+def members_of(found: Found) -> list[nn.Module]:
+    return [*found.chain.collectors, found.last]
+
+
+def chains_in(model: nn.Module) -> list[Found]:
+    """The chains whose last member is in the model, with present paths."""
+    names: dict[int, str] = {}
+    ends: list[tuple[nn.Module, ModuleState]] = []
+    for name, module in model.named_modules():
+        names[id(module)] = name or "(the module itself)"
+        state = state_of(module)
+        if state is not None and state.chain is not None:
+            ends.append((module, state))
+    return [
+        Found(
+            state.chain,
+            module,
+            state,
+            tuple(
+                names.get(id(member), f"outside: {_path_of(member)}")
+                for member in (*state.chain.collectors, module)
+            ),
+        )
+        for module, state in ends
+    ]
+
+
+def _path_of(module: nn.Module) -> str:
+    state = state_of(module)
+    return state.path if state is not None else type(module).__name__
+
+
+def strays_in(model: nn.Module, chains: Sequence[Found]) -> list[nn.Module]:
+    """Fused modules whose chain is gone: its last member was replaced or is elsewhere."""
+    known = {id(state) for found in chains for state in states_of(found)}
+    return [
+        module
+        for module in model.modules()
+        if (state := state_of(module)) is not None and id(state) not in known
+    ]
+
+
+def row_of(found: Found, action: str) -> GroupReport:
+    chain = found.chain
+    return GroupReport(
+        action=action,
+        paths=found.paths,
+        roles=chain.roles,
+        classes=tuple(original_class(member).__name__ for member in members_of(found)),
+        kernel=chain.kernel,
+        path="kernel" if chain.armed else "members",
+        kernel_calls=chain.kernel_calls,
+        member_calls=chain.member_calls,
+        reason=chain.reason
+        or chain.why_not_compiled()
+        or (None if chain.armed else chain.why_not_running()),
+    )
