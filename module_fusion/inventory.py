@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .chain import Chain
 from .modules import ModuleState, original_class, state_of
 from .report import GroupReport
-from .seat import Chain
 
 
 @dataclass

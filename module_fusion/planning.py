@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .chain import Chain
 from .code import code_that_asks_for_type
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found
 from .modules import KEY, FusedModule, original_class, state_of
 from .paths import Group, check_paths
-from .seat import Chain, check_roles
+from .seat import check_roles
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
 from .tracing import Speculation
 

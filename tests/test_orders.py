@@ -18,6 +18,7 @@ from module_fusion import (
     AlreadyFusedError,
     FusionError,
     NotFusableError,
+    chain,
     fuse_modules,
     fused,
     planning,
@@ -140,7 +141,7 @@ POINTS = {
     "state": (surgery, "ModuleState"),
     "kernelize": (surgery, "kernelize"),
     "chain": (planning, "Chain"),
-    "seat": (seat, "_seat_class"),
+    "seat": (chain, "seat_class"),
     "form": (seat, "MemberForm"),
 }
 

@@ -1,0 +1,260 @@
+"""The chain: decides at each call whether its kernel may run, and gathers the inputs."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from inspect import Parameter
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import calling_context
+from .deferred import CapturedCall, DeferredOutput
+from .modules import KEY, ModuleState, state_of, thread
+from .plain import MemberForm, why_not_under
+from .seat import FusedKernel, seat_class
+from .spec import External, Plan, Wire
+
+_MISSING = object()
+
+
+class Chain:
+    """One group of fused members and how its calls went.
+
+    Args:
+        collectors: every member but the last. The last one holds the chain, so the chain
+            does not hold the last.
+        roles: a name for each member.
+        kernel: the layer name for the `kernels` library, None for a chain without a kernel.
+        refusal: why this chain never captures, None if it does.
+        running: threads inside a kernel of this chain, or of one that shares a collector.
+    """
+
+    def __init__(
+        self,
+        collectors: Sequence[nn.Module],
+        roles: tuple[str, ...],
+        plan: Plan,
+        kernel: str | None,
+        refusal: str | None,
+        running: set[int],
+    ) -> None:
+        self.collectors = tuple(collectors)
+        self.states = tuple(state_of(collector) for collector in collectors)
+        self.roles = roles
+        self.plan = plan
+        self.kernel = kernel
+        self.refusal = refusal
+        self.boundary: ModuleState | None = None
+        self.seat: FusedKernel | None = None
+        self.running = running
+        self.kernel_calls = 0
+        self.member_calls = 0
+        self.reason: str | None = None
+
+    def take_seat(self, last: nn.Module) -> None:
+        """Make the seat, if the chain has a kernel's name."""
+        if self.kernel is None:
+            return
+        seat = seat_class(self.kernel, self.roles, self.plan)()
+        seat.__dict__.update(
+            _members=tuple(weakref.ref(member) for member in (*self.collectors, last)),
+            _plan=self.plan,
+            _armed=False,
+            _running=self.running,
+            _capabilities={},
+            _refusal=self.refusal,
+        )
+        seat.training = last.training
+        self.seat = seat
+
+    @property
+    def armed(self) -> bool:
+        """Whether a kernel is in the seat and may be used."""
+        return self.seat is not None and bool(self.seat.__dict__["_armed"])
+
+    def why_not_running(self) -> str:
+        """Why no kernel is in the seat."""
+        if self.kernel is None:
+            return "no kernel"
+        return self.refusal or f"no kernel was loaded for {self.kernel!r}"
+
+    def why_not_compiled(self) -> str | None:
+        """Why compiled graphs hold the members instead of the kernel, None if they do not."""
+        for role, state in zip(self.roles, self.states, strict=False):
+            if state is not None and not state.speculation.holds:
+                return f"the output of {role} is used elsewhere: compiled graphs run the members"
+        return None
+
+    def count_members_run(self, reason: str | None = None) -> None:
+        self.member_calls += 1
+        self.reason = reason or self.why_not_running()
+
+    def run_kernel(self, inputs: list[Any]) -> Any:
+        """Run the kernel; members called inside it run as themselves."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.kernel_calls += 1
+        caller, running = thread(), self.running
+        running.add(caller)
+        try:
+            return self.seat(*inputs)  # type: ignore[misc]
+        finally:
+            running.discard(caller)
+
+    def kernel_inputs(
+        self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], str | None]:
+        """The chain's inputs, and the reason why the kernel may not have them."""
+        seat: FusedKernel = self.seat  # type: ignore[assignment]
+        if seat._members[-1]() is not last:
+            return [], "the module is a copy that shares the kernel of its original"
+        weights: list[Tensor] = []
+        now = calling_context()
+        form: MemberForm = last.__dict__[KEY].form
+        reason = form.why_not_plain(last, self.roles[-1], weights)
+        if reason is None and not self.collectors:
+            reason = why_not_under(now)
+        if reason is not None:
+            return [], reason
+        inputs, calls, reason = self._gather(args, kwargs)
+        if reason is not None:
+            return [], reason
+        # A captured call has a context that a kernel may run in.
+        for call in calls:
+            if call.context != now:
+                return [], "the members are called under different grad modes, hooks or graphs"
+            call.check_unmodified()
+            weights.extend(call.tensors)
+        return inputs, _refusal_of_kernel(seat._capabilities, inputs, weights)
+
+    def reconnect(self, last: nn.Module) -> None:
+        """Join a copied chain to its copied members."""
+        function = self.__dict__.pop("_copied_kernel", None)
+        self.take_seat(last)
+        if self.seat is not None and function is not None:
+            self.seat.forward = MethodType(function, self.seat)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        from copy import deepcopy
+
+        copied = Chain.__new__(Chain)
+        memo[id(self)] = copied
+        kept = {name: value for name, value in self.__dict__.items() if name != "seat"}
+        copied.__dict__.update(deepcopy(kept, memo), seat=None)
+        copied.__dict__["_copied_kernel"] = self.seat.kernel if self.seat is not None else None
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        function = self.seat.kernel if self.seat is not None else None
+        return {
+            **self.__dict__,
+            "seat": None,
+            "_copied_kernel": function if _is_importable(function) else None,
+        }
+
+    def _gather(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], list[CapturedCall], str | None]:
+        """Follow the wires from the last member back to the captured calls."""
+        inputs: list[Any] = [_MISSING] * self.plan.inputs
+        calls: list[Any] = [None] * len(self.collectors)
+        for index in range(len(calls), -1, -1):
+            member = self.plan.members[index]
+            if index < len(calls):
+                call = calls[index]
+                if call is None:
+                    return [], [], f"the output of {self.roles[index]!r} was not used"
+                args, kwargs = call.args, call.kwargs
+            pairs: list[tuple[Any, Any, int]]
+            if member.only is not None and len(args) == 1 and not kwargs:
+                pairs = [(args[0], member.only, 0)]
+            else:
+                values = member.bind(args, kwargs)
+                if isinstance(values, str):
+                    return (
+                        [],
+                        [],
+                        f"{self.roles[index]!r} got {values!r}, which its spec leaves out",
+                    )
+                pairs = list(zip(values, member.sources, range(len(values))))  # noqa: B905
+            for value, source, position in pairs:
+                if type(source) is Wire:
+                    reason = self._follow(source, value, calls)
+                else:
+                    reason = self._take(source, value, inputs, member.defaults[position])
+                if reason is not None:
+                    name = member.parameters[position]
+                    return [], [], reason.format(what=f"{name!r} of {self.roles[index]!r}")
+        return inputs, calls, None
+
+    def _take(
+        self, source: External | None, value: Any, inputs: list[Any], default: Any
+    ) -> str | None:
+        """Note an input from outside, or say why it cannot be one."""
+        if source is None:
+            return None if value is Parameter.empty else "{what} was passed; its spec leaves it out"
+        if value is Parameter.empty:
+            value = default
+            if value is Parameter.empty:
+                return "{what} was not passed"
+        known = inputs[source.position]
+        if known is not _MISSING and known is not value:
+            return "another member got another value for {what}"
+        inputs[source.position] = value
+        return None
+
+    def _follow(self, wire: Wire, value: Any, calls: list[Any]) -> str | None:
+        """Note the captured call at the other end of a wire, or say why it is not there."""
+        producer = self.collectors[wire.member]
+        role = self.roles[wire.member]
+        if type(value) is not DeferredOutput:
+            fusion = state_of(producer)
+            if fusion and fusion.reason and not torch.compiler.is_dynamo_compiling():
+                return f"{fusion.reason}; it gave no deferred value for {{what}}"
+            return f"the output of {role!r} was changed or replaced before it became {{what}}"
+        call: CapturedCall = value.__dict__["_captured_call"]
+        index = value.__dict__["_output_index"]
+        if call.module is not producer or (index or 0) != wire.output:
+            return "the output of another module or call came as {what}"
+        if call.done:
+            return f"the output of {role!r} was used by something else before it became {{what}}"
+        if calls[wire.member] is None:
+            calls[wire.member] = call
+        elif calls[wire.member] is not call:
+            return f"the output of another call of {role!r} came as {{what}}"
+        return None
+
+
+def _refusal_of_kernel(
+    can: Mapping[str, bool], inputs: list[Any], tensors: list[Tensor]
+) -> str | None:
+    """Why a kernel with these capabilities may not have these inputs and weights, or None."""
+    if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
+        return "the kernel does not support torch.compile"
+    for value in inputs:
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            tensors.append(value)
+        elif kind is DeferredOutput:
+            return "an input is itself the deferred output of a fused module"
+        elif isinstance(value, Tensor):
+            return f"an input is a {kind.__name__}"
+    device = tensors[0].device if tensors else None
+    for tensor in tensors:
+        if tensor.device != device:
+            return f"inputs and weights are on {tensor.device} and {device}"
+    needs_backward = not can["has_backward"] and torch.is_grad_enabled()
+    if needs_backward and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are needed and the kernel has no backward"
+    return None
+
+
+def _is_importable(function: Any) -> bool:
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in getattr(function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return function is not None and found is function
