@@ -229,6 +229,23 @@ class Chain:
         return None
 
 
+def _refusal_of_input(value: Any, tensors: list[Tensor]) -> str | None:
+    """Why a kernel may not have an input, or None. Adds its tensors to `tensors`."""
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        tensors.append(value)
+    elif kind is DeferredOutput:
+        return "an input is itself the deferred output of a fused module"
+    elif kind in (tuple, list, dict):
+        for item in value.values() if kind is dict else value:
+            reason = _refusal_of_input(item, tensors)
+            if reason is not None:
+                return reason
+    elif isinstance(value, Tensor):
+        return f"an input is a {kind.__name__}"
+    return None
+
+
 def _refusal_of_kernel(
     can: Mapping[str, bool], inputs: list[Any], tensors: list[Tensor]
 ) -> str | None:
@@ -236,13 +253,9 @@ def _refusal_of_kernel(
     if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
         return "the kernel does not support torch.compile"
     for value in inputs:
-        kind = type(value)
-        if kind is Tensor or kind is nn.Parameter:
-            tensors.append(value)
-        elif kind is DeferredOutput:
-            return "an input is itself the deferred output of a fused module"
-        elif isinstance(value, Tensor):
-            return f"an input is a {kind.__name__}"
+        reason = _refusal_of_input(value, tensors)
+        if reason is not None:
+            return reason
     device = tensors[0].device if tensors else None
     for tensor in tensors:
         if tensor.device != device:

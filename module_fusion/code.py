@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import dis
+import inspect
 import linecache
 from collections.abc import Iterator
 from functools import lru_cache
@@ -30,22 +31,30 @@ def names_in(code: CodeType) -> frozenset[str]:
     Attributes of the function's own `self` do not count, but for `training`: a child that is
     called `dropout` does not make its parent random.
     """
-    me = code.co_varnames[0] if code.co_varnames else ""
-    names: set[str] = set()
-    previous: Any = None
-    for instruction in dis.get_instructions(code):
-        value = instruction.argval
-        if isinstance(value, str) and instruction.opname.startswith(("LOAD_", "STORE_")):
-            own = instruction.opname in _LOAD_ATTRIBUTE and previous == me
-            if value == "training" or not own:
-                names.add(value)
-        previous = value[-1] if isinstance(value, tuple) and value else value
+    names = {name for name, own in _loads(code) if name == "training" or not own}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= names_in(constant)
         elif isinstance(constant, tuple):
             names.update(item for item in constant if isinstance(item, str))
     return frozenset(names)
+
+
+@lru_cache(maxsize=4096)
+def own_attributes_in(code: CodeType) -> frozenset[str]:
+    """Attributes of its own `self` that a function loads."""
+    return frozenset(name for name, own in _loads(code) if own)
+
+
+def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """The names that code loads or stores, and whether each is an attribute of its `self`."""
+    me = code.co_varnames[0] if code.co_varnames else ""
+    previous: Any = None
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        if isinstance(value, str) and instruction.opname.startswith(("LOAD_", "STORE_")):
+            yield value, instruction.opname in _LOAD_ATTRIBUTE and previous == me
+        previous = value[-1] if isinstance(value, tuple) and value else value
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +100,7 @@ def _reachable(method: Any) -> Iterator[FunctionType]:
     pending, seen = [function_of(method)], set()
     while pending:
         function = pending.pop()
-        if function is None or function in seen or function.__module__.startswith("torch"):
+        if function is None or function in seen or _is_of_torch(function):
             continue
         seen.add(function)
         yield function
@@ -99,6 +108,33 @@ def _reachable(method: Any) -> Iterator[FunctionType]:
             pending.append(function_of(function.__globals__.get(name)))
         for cell in function.__closure__ or ():
             pending.append(function_of(_contents(cell)))
+
+
+def names_of_forward(cls: type[nn.Module]) -> frozenset[str] | None:
+    """Names that a class's `forward` uses, itself or in what it calls.
+
+    Follows functions it names, its own methods, and `super()`. None where there is no Python.
+    """
+    pending = [function_of(cls.forward)]
+    if pending[0] is None:
+        return None
+    names: set[str] = set(names_in(pending[0].__code__))
+    seen: set[FunctionType] = set()
+    while pending:
+        for function in _reachable(pending.pop()):
+            if function in seen:
+                continue
+            seen.add(function)
+            names |= names_in(function.__code__)
+            for name in own_attributes_in(function.__code__):
+                pending.append(function_of(inspect.getattr_static(cls, name, None)))
+            if "super" in globals_in(function.__code__):
+                pending += [function_of(base.__dict__.get("forward")) for base in cls.__mro__]
+    return frozenset(names)
+
+
+def _is_of_torch(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
 
 
 def _contents(cell: Any) -> Any:
@@ -116,11 +152,16 @@ def types_asked_for(frame: FrameType) -> Any:
     if not hasattr(frame.f_code, "co_positions"):
         return None
     first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    if first is None or first != last:
+    if first is None or last is None:
         return None
-    line = linecache.getline(frame.f_code.co_filename, first).encode()
+    lines = [
+        linecache.getline(frame.f_code.co_filename, n).encode() for n in range(first, last + 1)
+    ]
+    lines[-1] = lines[-1][:end]
+    lines[0] = lines[0][start:]
+    source = b"".join(lines).decode().strip()
     try:
-        call = ast.parse(line[start:end].decode().strip(), mode="eval").body
+        call = ast.parse(source, mode="eval").body
         if isinstance(call, ast.Call) and _value_of(call.func, frame) is isinstance:
             return _value_of(call.args[1], frame)
     except (SyntaxError, LookupError, AttributeError, TypeError):

@@ -13,6 +13,7 @@ from torch._C import _is_fwd_grad_enabled as is_forward_ad_enabled
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as function_modes
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_hooks
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 Context = tuple[Any, ...]
@@ -33,7 +34,7 @@ def calling_context() -> Context:
 
     Grad mode, autocast, `torch.func` transforms; and where torch.compile is not tracing also
     inference mode, forward-mode AD, saved-tensor hooks, the function and dispatch modes,
-    torch.jit.trace and global module hooks.
+    torch.jit.trace, global module hooks and forward-mode levels.
     """
     if torch.compiler.is_dynamo_compiling():
         return (is_grad_enabled(), is_any_autocast_enabled(), are_transforms_active())
@@ -48,6 +49,7 @@ def calling_context() -> Context:
         dispatch_modes(),
         tracing_state() is not None,
         any(_GLOBAL_HOOKS),
+        forward_ad._current_level >= 0,
     )
 
 

@@ -56,7 +56,7 @@ class CapturedCall:
     Args:
         run: computes the value; called as `run(module, args, kwargs)`.
         module: the collector.
-        origin: knows the collector's `path` and `speculation`.
+        origin: knows the collector's `path`, `form` and `speculation`.
         weights: parameters and buffers the value depends on.
         context: the context of the call.
     """
@@ -71,7 +71,7 @@ class CapturedCall:
         weights: list[Tensor],
         context: Context,
     ) -> None:
-        known = len(weights)
+        known = self.weights = len(weights)
         self.run = run
         self.module = module
         self.origin = origin
@@ -93,6 +93,11 @@ class CapturedCall:
         try:
             self.versions = [tensor._version for tensor in weights]
         except RuntimeError:  # Inference tensors do not count their modifications.
+            if not known:
+                # It may return its input or a view of it, and the copy would not be that.
+                raise NotCapturableError(
+                    "has no weights and got an inference tensor, which it may return as it is"
+                ) from None
             self._copy_inputs(every=False)
             if any(weight.is_inference() for weight in weights[:known]):
                 raise NotCapturableError("has a weight that is an inference tensor") from None
@@ -130,12 +135,22 @@ class CapturedCall:
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place since the call."""
-        if _modified(self):
+        if _modified(self) or self._is_another_module():
             raise DeferredUseError(
-                f"An input or a weight of {self.path!r} was modified in place after the module "
-                f"was called and before its output was used, so the captured call would see the "
-                f"new values. {_way_out(self.path)}"
+                f"An input or a weight of {self.path!r} was modified in place or replaced after "
+                f"the module was called and before its output was used, so the captured call would "
+                f"see the new values. {_way_out(self.path)}"
             )
+
+    def _is_another_module(self) -> bool:
+        """Whether the module no longer has the weights and the form it was called with."""
+        if self.versions is None or torch.compiler.is_dynamo_compiling():
+            return False
+        weights: list[Tensor] = []
+        form = self.origin.form
+        if form is None or form.why_not_plain(self.module, "", weights) is not None:
+            return form is not None
+        return len(weights) != self.weights or not all(map(operator.is_, weights, self.tensors))
 
     def _result_elsewhere(self, now: Context, args: Any, kwargs: Any) -> Any:
         """Compute the value under the grad mode, autocast and hooks of the call itself."""
@@ -235,11 +250,12 @@ class DeferredOutput:
         return dir(materialise(self))
 
 
-def materialise(value: Any) -> Any:
+def materialise(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """The value with every `DeferredOutput` in it computed.
 
     Looks into tuples, lists, dicts and dataclasses, such as `ModelOutput`. Lists, dicts and
-    dataclasses keep their identity; what holds nothing deferred is returned as it is.
+    dataclasses keep their identity; what holds nothing deferred is returned as it is. `inside`
+    has the ids of the containers around the value.
     """
     kind = type(value)
     if kind is Tensor:
@@ -251,27 +267,24 @@ def materialise(value: Any) -> Any:
     if kind in _IMMUTABLE or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple):
-        items = [materialise(item) for item in value]
+        items = [materialise(item, inside) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
-    if isinstance(value, dict):
-        for key in value:
+    if isinstance(value, (dict, list)):
+        if inside and id(value) in inside:
+            return value
+        inside = (*inside, id(value))
+        for key in value if isinstance(value, dict) else range(len(value)):
             item = value[key]
-            real = materialise(item)
+            real = materialise(item, inside)
             if real is not item:
                 value[key] = real
-        return value
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            real = materialise(item)
-            if real is not item:
-                value[index] = real
         return value
     if hasattr(kind, "__dataclass_fields__"):
         for name in kind.__dataclass_fields__:
             item = getattr(value, name, None)
-            real = materialise(item)
+            real = materialise(item, inside)
             if real is not item:
                 object.__setattr__(value, name, real)
     return value

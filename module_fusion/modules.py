@@ -28,7 +28,7 @@ from .deferred import (
     materialise,
 )
 from .errors import FusionError, NotFusableError
-from .plain import ORIGINAL, MemberForm, original_of, why_not_under
+from .plain import ORIGINAL, MemberForm, has_hooks, original_of, why_not_under
 from .tracing import Speculation
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class ModuleState:
         name: its role's name in the chain; for messages.
         role: `RegistryCollector`, `FusedModule`, or None for a mere boundary.
         collects_for: number of chains that the module is a collector of.
+        boundary: state of the module around the chains this module collects for.
+        holders: modules between that one and this one, weakly.
         boundary_of: number of chains whose deferred values must not leave this module.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
         returned: number of values that `forward` returned, None before it was called.
@@ -63,12 +65,14 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module, path: str) -> None:
-        self.original = type(module)
+        self.original = original_class(module)
         self.module: weakref.ref[nn.Module] | None = weakref.ref(module)
         self.path = path
         self.name = path.rpartition(".")[2]
         self.role: type[RegistryCollector] | type[FusedModule] | None = None
         self.collects_for = 0
+        self.boundary: ModuleState | None = None
+        self.holders: tuple[weakref.ref[nn.Module], ...] = ()
         self.boundary_of = 0
         self.outputs = 1
         self.returned: int | None = None
@@ -83,6 +87,7 @@ class ModuleState:
         """What a copy starts from: it is armed again when its chain is complete."""
         fresh: dict[str, Any] = {
             "module": None,
+            "holders": (),
             "armed": 0,
             "form": None,
             "running": set(),
@@ -94,10 +99,15 @@ class ModuleState:
 class _Swapped(_Mixin):
     """What every swapped class has: it pickles as its original class and its roles."""
 
+    # An instance that some other code made from the class has no state, and is not fused.
+    _fusion: Any = None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        fusion: ModuleState = self.__dict__[KEY]
-        if fusion.module is None:
+        fusion: ModuleState | None = state_of(self)
+        if fusion is None:
+            self.__class__ = original_class(self)  # type: ignore[assignment]
+        elif fusion.module is None:
             fusion.module = weakref.ref(self)
             if fusion.chain is not None:
                 fusion.chain.reconnect(self)
@@ -109,7 +119,7 @@ class _Swapped(_Mixin):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
         function, arguments, *rest = reduced
-        state: ModuleState = self.__dict__[KEY]
+        state = state_of(self) or ModuleState(self, type(self).__name__)
         if function is not _NEWOBJ or arguments[0] is not type(self):
             raise FusionError(
                 f"{state.path!r} cannot be copied or pickled while it is fused, because "
@@ -130,11 +140,9 @@ class RegistryCollector(_Swapped):
     Mixed into a subclass of the member's own class, named `RegistryCollector[LlamaRMSNorm]`.
     """
 
-    _fusion: ModuleState
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self._fusion
-        if not state.armed:
+        state: ModuleState | None = self._fusion
+        if state is None or not state.armed:
             return super().__call__(*args, **kwargs)
         captured = _capture(self, state, args, kwargs)
         if captured is not None:
@@ -160,10 +168,10 @@ class FusedModule(_Swapped):
     through their own children, such as `nn.Sequential`, do not run it.
     """
 
-    _fusion: ModuleState
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self._fusion
+        state: ModuleState | None = self._fusion
+        if state is None:
+            return super().__call__(*args, **kwargs)
         chain = state.chain
         if state.running and thread() in state.running:
             return super().__call__(*args, **kwargs)
@@ -180,10 +188,13 @@ class FusedModule(_Swapped):
             args, kwargs = computed(args), computed(kwargs)
         return super().__call__(*args, **kwargs)
 
+    def _seat(self) -> Any:
+        return None if self._fusion is None else self._fusion.chain.seat
+
     @property
     def fused_kernel(self) -> nn.Module:
         """The module in the kernel's seat."""
-        seat = self._fusion.chain.seat
+        seat = self._seat()
         if seat is None:
             raise AttributeError(f"{type(self).__name__!r} was fused without a kernel")
         return seat  # type: ignore[no-any-return]
@@ -194,21 +205,21 @@ class FusedModule(_Swapped):
         memo = set() if memo is None else memo
         seen = self in memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
-        seat = self._fusion.chain.seat
+        seat = self._seat()
         if seat is not None and not (remove_duplicate and seen):
             name = f"{prefix}.fused_kernel" if prefix else "fused_kernel"
             yield from seat.named_modules(memo, name, remove_duplicate)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        seat = self._fusion.chain.seat
+        seat = self._seat()
         if seat is not None:
             seat.train(mode)
         return self
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
-        seat = self._fusion.chain.seat
+        seat = self._seat()
         if seat is None:
             return own
         return f"{own}\n(fused_kernel): {seat!r}" if own else f"(fused_kernel): {seat!r}"
@@ -251,10 +262,10 @@ def set_class(module: nn.Module, state: ModuleState) -> None:
     try:
         # Past `Module.__setattr__`, which looks for parameters and modules in every value.
         object.__setattr__(module, "__class__", expected_class(state))
-    except TypeError as error:
+    except Exception as error:
         raise NotFusableError(
-            f"{state.path!r} cannot be fused: Python refuses a subclass of "
-            f"{state.original.__name__} in its place ({error})."
+            f"{state.path!r} cannot be fused: no subclass of {state.original.__name__} can take "
+            f"its place ({error})."
         ) from error
     module.__dict__.setdefault(KEY, state)
 
@@ -318,7 +329,11 @@ def _capture(
     assert form is not None
     call = None
     context = calling_context()
-    reason = why_not_under(context) or form.why_not_plain(module, state.name, weights)
+    reason = (
+        _why_not_around(state)
+        or why_not_under(context)
+        or form.why_not_plain(module, state.name, weights)
+    )
     if reason is None and state.outputs > 1 and state.outputs != state.returned:
         reason = f"{state.name} {_why_not_unpacked(state)}"
     if reason is None:
@@ -333,6 +348,18 @@ def _capture(
     if state.outputs == 1:
         return DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
+
+
+def _why_not_around(state: ModuleState) -> str | None:
+    """Why a captured value could be seen before it reaches the boundary, or get past it."""
+    boundary = state.boundary and state.boundary.module and state.boundary.module()
+    if boundary is not None and "forward" in boundary.__dict__:
+        return f"the module around {state.name} has an instance-level forward"
+    for reference in state.holders:
+        holder = reference()
+        if holder is not None and has_hooks(holder):
+            return f"a module around {state.name} has a hook"
+    return None
 
 
 def _why_not_unpacked(state: ModuleState) -> str:

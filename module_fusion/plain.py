@@ -12,17 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .code import function_of, names_in
+from .code import names_of_forward
 from .context import Context
 
 ORIGINAL = "_fusion_original_class"
-_RANDOM_NAMES = ("rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
+_RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "rrelu")
+_RANDOM_NAMES = frozenset(
+    f"{name}{in_place}"
+    for name in (
+        "multinomial", "normal", "uniform", "exponential", "poisson", "binomial", "cauchy",
+        "geometric", "log_normal", "sample", "rsample",
+    )
+    for in_place in ("", "_")
+)  # fmt: skip
 
 
 Effects = Callable[[Any], bool]
@@ -49,9 +56,11 @@ class MemberForm:
 
     def __init__(self, member: nn.Module) -> None:
         self.parts: list[_Part] = []
+        self.home = original_of(type(member)).__module__.partition(".")[0]
+        self.foreign: str | None = None
         self._add(member, "", -1, "")
         classes = {original_of(part.cls) for part in self.parts if part.cls is not type(None)}
-        self.forwards = [(cls, cls.forward) for cls in classes]
+        self.forwards = [(cls, cls.forward, cls.__call__) for cls in classes]
 
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
@@ -64,17 +73,39 @@ class MemberForm:
         )
         cls = type(module)
         effects = _effects(original_of(cls))
+        if parent >= 0 and self.foreign is None:
+            self.foreign = self._why_foreign(module, name)
         self.parts.append(_Part(name, parent, key, cls, effects, len(module._modules), parameters))
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
+
+    def _why_foreign(self, module: nn.Module, name: str) -> str | None:
+        """Why a kernel that knows the member may not know a module in it.
+
+        Adapters and wrappers may be there already when the kernel takes its seat. Their classes
+        are neither torch's own layers nor from the library that the member is from.
+        """
+        cls = original_of(type(module))
+        if cls.__module__.startswith("torch.nn.modules."):
+            known = True
+        elif any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+            known = cls.__module__.partition(".")[0] == self.home != "torch"
+        else:
+            known = True
+        if known and cls.__call__ is nn.Module.__call__:
+            return None
+        what = "calls in a way of its own" if known else "a kernel for the member may not know"
+        return f"{name} is a {cls.__module__}.{cls.__qualname__}, which {what}"
 
     def why_not_plain(self, member: nn.Module, role: str, weights: list[Tensor]) -> str | None:
         """The reason why the member is not plain, or None.
 
         Adds the parameters and buffers of the member to `weights`.
         """
-        for owner, forward in self.forwards:
-            if owner.forward is not forward:
+        if self.foreign is not None:
+            return role + self.foreign
+        for owner, forward, call in self.forwards:
+            if owner.forward is not forward or owner.__call__ is not call:
                 return f"{role} has a class whose forward was replaced, {owner.__name__}"
         modules: list[Any] = []
         for name, parent, key, cls, effects, children, parameters in self.parts:
@@ -120,6 +151,16 @@ class MemberForm:
         return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module's own call runs forward or backward hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def original_of(cls: type) -> Any:
     """The class that a swapped class stands for; any other class itself.
 
@@ -135,11 +176,17 @@ def why_not_under(context: Context) -> str | None:
         return "autocast is on"
     if transforms:
         return "a torch.func transform is active"
-    if rest and rest[-2]:
+    if not rest:
+        return None
+    *_, function_modes, dispatch_modes, tracing, global_hooks, forward_ad = rest
+    if function_modes or dispatch_modes:
+        # What touches a captured value runs with the innermost mode taken away.
+        return "a TorchFunctionMode or TorchDispatchMode is active"
+    if tracing:
         return "torch.jit is tracing"
-    if rest and rest[-1]:
+    if global_hooks:
         return "a global module hook is registered"
-    return None
+    return "forward-mode AD is active" if forward_ad else None
 
 
 def _effects(cls: type[nn.Module]) -> Effects | None:
@@ -148,14 +195,13 @@ def _effects(cls: type[nn.Module]) -> Effects | None:
         return _drops
     if issubclass(cls, nn.modules.batchnorm._NormBase):
         return _tracks
-    function = function_of(cls.forward)
-    return _always if function is None else _effects_of(function.__code__)
+    names = names_of_forward(cls)
+    return _always if names is None else _effects_of(names)
 
 
 @lru_cache(maxsize=4096)
-def _effects_of(code: CodeType) -> Effects | None:
-    names = names_in(code)
-    draws = any(name.startswith(_RANDOM_NAMES) for name in names)
+def _effects_of(names: frozenset[str]) -> Effects | None:
+    draws = any(name.startswith(_RANDOM_PREFIXES) for name in names) or names & _RANDOM_NAMES
     drops = any("dropout" in name or "drop_path" in name for name in names)
     if draws or (drops and "training" not in names):
         return _always

@@ -28,6 +28,7 @@ class Job:
     group: Group
     chain: Chain
     boundary: tuple[str, nn.Module] | None
+    holders: list[list[nn.Module]]
     speculation: Speculation
     is_fused: bool
 
@@ -83,7 +84,9 @@ def make_jobs(
         existing = _existing(group, chain)
         alike = (key, boundary and original_class(boundary[1]))
         speculation = speculations.setdefault(alike, Speculation())
-        job = Job(group, existing or chain, boundary, speculation, is_fused=existing is not None)
+        holders = _holders(modules, boundary, group)
+        is_fused = existing is not None
+        job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
         jobs.setdefault(tuple(map(id, group.modules)), job)
     return list(jobs.values())
 
@@ -166,6 +169,21 @@ def _boundary(
         if not common:
             return None
         common = common[:-1]
+
+
+def _holders(
+    modules: Mapping[str, nn.Module], boundary: tuple[str, nn.Module] | None, group: Group
+) -> list[list[nn.Module]]:
+    """For each collector, the modules between the boundary and it."""
+    if boundary is None:
+        return [[] for _ in group.modules[:-1]]
+    holders = []
+    for path in group.paths[:-1]:
+        segments = path.split(".")
+        around = [".".join(segments[:length]) for length in range(len(segments))]
+        depth = len(boundary[0])
+        holders.append([modules[p] for p in around if len(p) > depth and p.startswith(boundary[0])])
+    return holders
 
 
 def _refusal_to_capture(

@@ -6,6 +6,7 @@ fails afterwards, such as a kernel that does not load, is undone in reverse orde
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -216,6 +217,11 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state
+        for member, holders in zip(members[:-1], job.holders, strict=True):
+            collector = state_of(member)
+            assert collector is not None
+            collector.boundary = state
+            collector.holders = tuple(map(weakref.ref, holders))
     job.chain.states = tuple(state_of(member) for member in members[:-1])
     job.chain.take_seat(members[-1])
 
