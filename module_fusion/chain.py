@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from inspect import Parameter
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
-from .modules import KEY, ModuleState, state_of, thread
+from .modules import KEY, ModuleState, state_of
 from .plain import MemberForm, why_not_under
 from .seat import FusedKernel, seat_class
 from .spec import External, Plan, Wire
@@ -96,12 +97,14 @@ class Chain:
 
     def run_kernel(self, inputs: list[Any]) -> Any:
         """Run the kernel; members called inside it run as themselves."""
-        if not torch.compiler.is_dynamo_compiling():
-            self.kernel_calls += 1
-        caller, running = thread(), self.running
+        seat: FusedKernel = self.seat  # type: ignore[assignment]
+        if torch.compiler.is_dynamo_compiling():
+            return seat(*inputs)
+        self.kernel_calls += 1
+        caller, running = get_ident(), self.running
         running.add(caller)
         try:
-            return self.seat(*inputs)  # type: ignore[misc]
+            return seat(*inputs)
         finally:
             running.discard(caller)
 
@@ -128,15 +131,16 @@ class Chain:
             if call.context != now:
                 return [], "the members are called under different grad modes, hooks or graphs"
             call.check_unmodified()
-            weights.extend(call.tensors)
+            weights.extend(call.tensors[: call.weights])
         return inputs, _refusal_of_kernel(seat._capabilities, inputs, weights)
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""
-        function = self.__dict__.pop("_copied_kernel", None)
+        function, capabilities = self.__dict__.pop("_copied_kernel", (None, None))
         self.take_seat(last)
         if self.seat is not None and function is not None:
             self.seat.forward = MethodType(function, self.seat)
+            self.seat.__dict__["_capabilities"] = capabilities
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         from copy import deepcopy
@@ -145,16 +149,15 @@ class Chain:
         memo[id(self)] = copied
         kept = {name: value for name, value in self.__dict__.items() if name != "seat"}
         copied.__dict__.update(deepcopy(kept, memo), seat=None)
-        copied.__dict__["_copied_kernel"] = self.seat.kernel if self.seat is not None else None
+        if self.seat is not None:
+            copied.__dict__["_copied_kernel"] = (self.seat.kernel, self.seat._capabilities)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        function = self.seat.kernel if self.seat is not None else None
-        return {
-            **self.__dict__,
-            "seat": None,
-            "_copied_kernel": function if _is_importable(function) else None,
-        }
+        state = {**self.__dict__, "seat": None}
+        if self.seat is not None and _is_importable(self.seat.kernel):
+            state["_copied_kernel"] = (self.seat.kernel, self.seat._capabilities)
+        return state
 
     def _gather(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,7 +216,7 @@ class Chain:
         role = self.roles[wire.member]
         if type(value) is not DeferredOutput:
             fusion = state_of(producer)
-            if fusion and fusion.reason and not torch.compiler.is_dynamo_compiling():
+            if not torch.compiler.is_dynamo_compiling() and fusion and fusion.reason:
                 return f"{fusion.reason}; it gave no deferred value for {{what}}"
             return f"the output of {role!r} was changed or replaced before it became {{what}}"
         call: CapturedCall = value.__dict__["_captured_call"]
@@ -252,10 +255,15 @@ def _refusal_of_kernel(
     """Why a kernel with these capabilities may not have these inputs and weights, or None."""
     if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
         return "the kernel does not support torch.compile"
+    weights = len(tensors)
     for value in inputs:
         reason = _refusal_of_input(value, tensors)
         if reason is not None:
             return reason
+    dtypes = {tensor.dtype for tensor in tensors[:weights] if tensor.is_floating_point()}
+    for tensor in tensors[weights:]:
+        if dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes:
+            return f"an input is in {tensor.dtype}, the weights are not"
     device = tensors[0].device if tensors else None
     for tensor in tensors:
         if tensor.device != device:

@@ -7,7 +7,7 @@ import builtins
 import dis
 import inspect
 import linecache
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -28,10 +28,11 @@ def function_of(method: Any) -> FunctionType | None:
 def names_in(code: CodeType) -> frozenset[str]:
     """Globals, attributes and keywords that a function and the functions in it use.
 
-    Attributes of the function's own `self` do not count, but for `training`: a child that is
-    called `dropout` does not make its parent random.
+    Attributes of the function's own `self` do not count: a child that is called `dropout` does
+    not make its parent random. Only `training` does, as `self.training`.
     """
-    names = {name for name, own in _loads(code) if name == "training" or not own}
+    names = {name for name, own in _loads(code) if not own}
+    names |= {"self.training" for name, own in _loads(code) if own and name == "training"}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= names_in(constant)
@@ -69,15 +70,24 @@ def globals_in(code: CodeType) -> frozenset[str]:
     return frozenset(own.union(*inner))
 
 
+def asks_for_type(code: CodeType) -> bool:
+    """Whether the code calls `type(...)`, which no object can intercept."""
+    return "type" in globals_in(code)
+
+
 @lru_cache(maxsize=4096)
 def asks_for_tensors(code: CodeType) -> bool:
     """Whether the code may ask if something is a tensor, in whatever way."""
     names = names_in(code)
-    return "type" in globals_in(code) or "is_tensor" in names or {"isinstance", "Tensor"} <= names
+    asking = {"type", "is_tensor", "__class__", "isinstance", "issubclass"} & names
+    matches = any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code))
+    return matches or bool(asking - {"isinstance"}) or bool(asking and "Tensor" in names)
 
 
-def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
-    """The name of code around the members that calls `type(...)`, None if there is none.
+def code_that_asks(
+    module: nn.Module, members: set[int], asks: Callable[[CodeType], bool]
+) -> str | None:
+    """The name of code around the members that asks for a type, None if there is none.
 
     Looks at the `forward` of the module and of everything below it but the members, and at
     the functions that those name, as far as they are Python and outside of torch.
@@ -90,7 +100,7 @@ def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
             continue
         seen.add(type(current))
         for function in _reachable(type(current).forward):
-            if "type" in globals_in(function.__code__):
+            if asks(function.__code__):
                 return function.__qualname__
     return None
 

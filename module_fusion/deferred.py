@@ -12,11 +12,13 @@ calls up, and a call nobody uses is freed like any other object.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from types import FrameType, UnionType
 from typing import Any
 
 import torch
@@ -83,6 +85,8 @@ class CapturedCall:
         self.done = False
         self.value: Any = None
         if torch.compiler.is_dynamo_compiling():
+            if not known:
+                raise NotCapturableError("has no weights and may return its input as it is")
             look_at_trace(self)
             self._copy_inputs(every=True)
             return
@@ -158,7 +162,7 @@ class CapturedCall:
         if transforms != now[2]:
             self._refuse_mode()
         if not rest or torch.compiler.is_dynamo_compiling():
-            device = _device_type(args)
+            device = self._device_type()
             with torch.set_grad_enabled(grad), torch.autocast(device, enabled=autocast):
                 return self.run(self.module, args, kwargs)
         inference, forward_ad, hooks, *modes = rest[:5]
@@ -170,10 +174,13 @@ class CapturedCall:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(torch.autocast(_device_type(args), enabled=False))
+            stack.enter_context(torch.autocast(self._device_type(), enabled=False))
             if hooks != now_hooks:
                 stack.enter_context(SavedTensorHooks(hooks))
             return self.run(self.module, args, kwargs)
+
+    def _device_type(self) -> str:
+        return self.tensors[0].device.type if self.tensors else "cpu"
 
     def _refuse_mode(self) -> None:
         raise DeferredUseError(
@@ -200,13 +207,13 @@ class DeferredOutput:
         sees the plain object that it can trace.
         """
         frame = sys._getframe(1)
-        if "_captured_call" not in self.__dict__ or frame.f_code.co_filename.startswith(_DYNAMO):
+        if "_captured_call" not in self.__dict__ or _is_of_dynamo(frame):
             return DeferredOutput
         value = materialise(self)
         if not isinstance(value, Tensor):
             return type(value)
         asked = types_asked_for(frame)
-        if asked is not None:
+        if asked is not None and all(map(_asks_in_python, _flat(asked))):
             return type(value) if isinstance(value, asked) else DeferredOutput
         path = self.__dict__["_captured_call"].path
         raise DeferredUseError(
@@ -339,10 +346,7 @@ def _copied(value: Any, every: bool) -> Any:
     if kind is Tensor or kind is nn.Parameter:
         if not every and not value.is_inference():
             return value
-        copy = value.clone()
-        if copy.stride() != value.stride():
-            raise NotCapturableError("got a tensor with overlapping memory")
-        return copy
+        return value.clone()
     if kind is not DeferredOutput and kind not in _IMMUTABLE:
         raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
     return value
@@ -355,13 +359,6 @@ def _modified(call: CapturedCall) -> bool:
     return call.versions is not None and [t._version for t in call.tensors] != call.versions
 
 
-def _device_type(args: Any) -> str:
-    for value in args:
-        if isinstance(value, Tensor):
-            return value.device.type
-    return "cpu"
-
-
 def _refuse_in_autograd_function(call: CapturedCall) -> None:
     tensors = [*call.tensors, *call.module.parameters()]
     if any(tensor.requires_grad for tensor in tensors):
@@ -370,6 +367,25 @@ def _refuse_in_autograd_function(call: CapturedCall) -> None:
             f"such as a reentrant checkpoint, where its gradient would be lost. Checkpoint the "
             f"whole block, with use_reentrant=False. {_way_out(call.path)}"
         )
+
+
+def _is_of_dynamo(frame: FrameType) -> bool:
+    """Whether torch.compile asks: while it traces, or in the code of a guard."""
+    code = frame.f_code
+    guard = code.co_filename == "<string>" and code.co_varnames[:1] == ("L",)
+    return guard or code.co_filename.startswith(_DYNAMO)
+
+
+def _flat(asked: Any) -> list[Any]:
+    if isinstance(asked, tuple):
+        return [cls for item in asked for cls in _flat(item)]
+    return list(asked.__args__) if isinstance(asked, UnionType) else [asked]
+
+
+def _asks_in_python(cls: Any) -> bool:
+    """Whether `isinstance` with this class reads `__class__` only; `torch.FloatTensor` reads on."""
+    check = inspect.getattr_static(type(cls), "__instancecheck__", None)
+    return check is type.__instancecheck__ or inspect.isfunction(check) or type(cls) is type(Tensor)
 
 
 def _way_out(path: str) -> str:

@@ -87,6 +87,5 @@ def row_of(found: Found, action: str) -> GroupReport:
         kernel_calls=chain.kernel_calls,
         member_calls=chain.member_calls,
         reason=chain.reason
-        or chain.why_not_compiled()
-        or (None if chain.armed else chain.why_not_running()),
+        or (chain.why_not_compiled() if chain.armed else chain.why_not_running()),
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import threading
 import weakref
 from collections.abc import Mapping
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +100,11 @@ class _Swapped(_Mixin):
     """What every swapped class has: it pickles as its original class and its roles."""
 
     # An instance that some other code made from the class has no state, and is not fused.
-    _fusion: Any = None
+    # No annotation: torch.jit.script reads those of every class.
+    _fusion = None  # type: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Classes that keep a register of their subclasses do not hear of a swapped one."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -173,7 +177,7 @@ class FusedModule(_Swapped):
         if state is None:
             return super().__call__(*args, **kwargs)
         chain = state.chain
-        if state.running and thread() in state.running:
+        if state.running and get_ident() in state.running:
             return super().__call__(*args, **kwargs)
         if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
@@ -321,7 +325,7 @@ def _capture(
     module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The call's deferred output, or None where the module has to run now."""
-    if state.running and thread() in state.running:
+    if state.running and get_ident() in state.running:
         return None
     if torch.compiler.is_dynamo_compiling() and not state.speculation.holds:
         return None
@@ -366,8 +370,3 @@ def _why_not_unpacked(state: ModuleState) -> str:
     if state.returned is None:
         return "has to run once outside torch.compile, to see how many values it returns"
     return f"returns {state.returned} values, its spec names {state.outputs} outputs"
-
-
-def thread() -> int:
-    """The running thread; torch.compile traces one at a time."""
-    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()

@@ -10,6 +10,7 @@ device and dtype, and nothing that draws random numbers or updates a buffer at t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -73,6 +74,8 @@ class MemberForm:
         )
         cls = type(module)
         effects = _effects(original_of(cls))
+        if effects is None and module._buffers and _writes(original_of(cls)):
+            effects = _always
         if parent >= 0 and self.foreign is None:
             self.foreign = self._why_foreign(module, name)
         self.parts.append(_Part(name, parent, key, cls, effects, len(module._modules), parameters))
@@ -88,6 +91,8 @@ class MemberForm:
         cls = original_of(type(module))
         if cls.__module__.startswith("torch.nn.modules."):
             known = True
+        elif isinstance(inspect.getattr_static(cls, "weight", None), property):
+            known = False
         elif any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
             known = cls.__module__.partition(".")[0] == self.home != "torch"
         else:
@@ -112,7 +117,7 @@ class MemberForm:
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
-                return f"{role}{name} is a {_name(type(module))}, was a {_name(cls)}"
+                return f"{role}{name} is a {_names(type(module), cls)}"
             if module is None:
                 continue
             own = module.__dict__
@@ -203,10 +208,16 @@ def _effects(cls: type[nn.Module]) -> Effects | None:
 def _effects_of(names: frozenset[str]) -> Effects | None:
     draws = any(name.startswith(_RANDOM_PREFIXES) for name in names) or names & _RANDOM_NAMES
     drops = any("dropout" in name or "drop_path" in name for name in names)
-    if draws or (drops and "training" not in names):
+    if draws or (drops and "self.training" not in names):
         return _always
     # What asks whether it is training does something then that it does not do otherwise.
-    return _trains if "training" in names else None
+    return _trains if "self.training" in names else None
+
+
+def _writes(cls: type[nn.Module]) -> bool:
+    """Whether the class's `forward` may write to a buffer: it calls something like `add_`."""
+    names = names_of_forward(cls) or frozenset()
+    return any(name.endswith("_") and not name.startswith("_") for name in names)
 
 
 def _always(module: Any) -> bool:
@@ -225,5 +236,8 @@ def _tracks(module: Any) -> bool:
     return bool(module.training and module.track_running_stats)
 
 
-def _name(cls: type) -> str:
-    return original_of(cls).__name__  # type: ignore[no-any-return]
+def _names(now: type, before: type) -> str:
+    now, before = original_of(now), original_of(before)
+    if now.__name__ != before.__name__:
+        return f"{now.__name__}, was a {before.__name__}"
+    return f"{now.__module__}.{now.__name__}, was a {before.__module__}.{before.__name__}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .chain import Chain
-from .code import code_that_asks_for_type
+from .code import asks_for_tensors, asks_for_type, code_that_asks
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found
 from .modules import KEY, FusedModule, original_class, state_of
@@ -84,6 +84,10 @@ def make_jobs(
         existing = _existing(group, chain)
         alike = (key, boundary and original_class(boundary[1]))
         speculation = speculations.setdefault(alike, Speculation())
+        if boundary is not None:
+            members = set(map(id, group.modules))
+            if code_that_asks(boundary[1], members, asks_for_tensors) is not None:
+                speculation.holds = False
         holders = _holders(modules, boundary, group)
         is_fused = existing is not None
         job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
@@ -191,7 +195,7 @@ def _refusal_to_capture(
 ) -> str | None:
     if boundary is None:
         return None
-    asking = code_that_asks_for_type(boundary[1], set(map(id, members)))
+    asking = code_that_asks(boundary[1], set(map(id, members)), asks_for_type)
     return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
 
 

@@ -147,15 +147,20 @@ def check_roles(roles: tuple[str, ...]) -> None:
             )
 
 
+def _all_declare(layers: list[type[nn.Module]], name: str, default: bool) -> bool:
+    return bool(layers) and all(getattr(layer, name, default) for layer in layers)
+
+
 def _capabilities(function: Any) -> dict[str, bool]:
     """What the layer class declares that `kernels.kernelize` took the function from.
 
-    The seat gets the function alone. Where several classes share it, all have to agree.
+    The seat gets the function alone. Where several classes share it, all have to agree; a
+    function that none has is not known to support anything.
     """
     from kernels.layer.layer import _CACHED_LAYER
 
     layers = [c for c in _CACHED_LAYER.values() if getattr(c, "forward", None) is function]
     return {
-        "has_backward": all(getattr(layer, "has_backward", True) for layer in layers),
-        "can_torch_compile": all(getattr(layer, "can_torch_compile", False) for layer in layers),
+        "has_backward": _all_declare(layers, "has_backward", True),
+        "can_torch_compile": _all_declare(layers, "can_torch_compile", False),
     }

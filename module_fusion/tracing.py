@@ -14,7 +14,10 @@ import torch
 
 from .code import asks_for_tensors
 
-_TORCH_AND_SELF = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+_HERE = os.path.dirname(__file__)
+_TORCH = os.path.dirname(torch.__file__)
+# Their code asks for tensors, but not about what passes through a parent.
+_TRUSTED = (_HERE, *(os.path.join(_TORCH, part) for part in ("nn", "_dynamo", "_tensor.py")))
 
 
 class Speculation:
@@ -30,36 +33,46 @@ class Speculation:
         self.holds = True
 
 
-def trace_again(call: Any) -> None:  # `call` is read by name
+def trace_again(call: Any) -> None:
+    """Start the trace again without captured calls, unless the call is from before it."""
     from torch._dynamo.comptime import comptime
 
-    comptime(_give_up_call)
-
-
-def _give_up_call(ctx: Any) -> None:
-    call = ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    if call.source is None:  # Captured in this very trace, not before a graph break.
-        _give_up(ctx, call)
-
-
-def _give_up(ctx: Any, call: Any) -> None:
-    """Start the trace again without captured calls."""
-    from torch._dynamo.exc import RestartAnalysis
-
-    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    speculation = call.var_getattr(tx, "origin").var_getattr(tx, "speculation").realize().value
-    if speculation.holds:
-        speculation.holds = False
-        tx.speculation_log.clear()
-        raise RestartAnalysis(restart_reason="the output of a fused module is used elsewhere")
+    speculation = call.origin.speculation  # noqa: F841  (read by name)
+    comptime(_give_up_own)
 
 
 def look_at_trace(call: Any) -> None:
     """Look at the weights, and at the code, that torch.compile traces."""
     from torch._dynamo.comptime import comptime
 
-    for tensor in call.tensors:  # noqa: B007
+    speculation = call.origin.speculation  # noqa: F841  (read by name)
+    comptime(_check_not_in_kernel)
+    for tensor in call.tensors:  # noqa: B007  (read by name)
         comptime(_check_traced)
+
+
+def _give_up_own(ctx: Any) -> None:
+    if _variable(ctx, "call").source is None:
+        _give_up(ctx)
+
+
+def _give_up(ctx: Any) -> None:
+    from torch._dynamo.exc import RestartAnalysis
+
+    speculation = _variable(ctx, "speculation").value
+    if speculation.holds:
+        speculation.holds = False
+        ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().speculation_log.clear()
+        raise RestartAnalysis(restart_reason="the output of a fused module is used elsewhere")
+
+
+def _check_not_in_kernel(ctx: Any) -> None:
+    """A kernel that calls the members is traced as the members."""
+    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    while tx is not None:
+        if tx.f_code.co_name == "run_kernel" and tx.f_code.co_filename.startswith(_HERE):
+            _give_up(ctx)
+        tx = getattr(tx, "parent", None)
 
 
 def _check_traced(ctx: Any) -> None:
@@ -73,8 +86,13 @@ def _check_traced(ctx: Any) -> None:
     version = None if fake.is_inference() else fake._version
     seen, first = fake.__dict__.setdefault("_when_captured", (len(traced), version))
     asking = any(
-        asks_for_tensors(code) and not code.co_filename.startswith(_TORCH_AND_SELF)
+        asks_for_tensors(code) and not code.co_filename.startswith(_TRUSTED)
         for code in traced[seen:]
     )
     if version != first or asking:
-        _give_up(ctx, ctx.get_local("call")._i_will_not_complain_if_bc_breaks_VariableTracker())
+        _give_up(ctx)
+
+
+def _variable(ctx: Any, name: str) -> Any:
+    variable = ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return variable.realize() if hasattr(variable, "realize") else variable

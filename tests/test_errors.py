@@ -382,10 +382,13 @@ def test_a_name_that_fusing_needs_and_a_module_has_is_refused(name: str) -> None
 
 
 def test_a_class_that_allows_no_subclass_is_refused() -> None:
-    class Final(nn.Module):
-        def __init_subclass__(cls) -> None:
-            raise TypeError("Final is final")
+    class Sealed(type):
+        def __new__(meta, name: str, bases: tuple[type, ...], space: dict[str, Any]) -> Any:
+            if any(isinstance(base, Sealed) for base in bases):
+                raise TypeError("Final is final")
+            return super().__new__(meta, name, bases, space)
 
+    class Final(nn.Module, metaclass=Sealed):
         def forward(self, x: Tensor) -> Tensor:
             return x
 
@@ -394,8 +397,22 @@ def test_a_class_that_allows_no_subclass_is_refused() -> None:
         NotFusableError,
         model,
         lambda: fuse_modules(model, ["0", "1"]),
-        "'1' cannot be fused: Python refuses a subclass of Final in its place (Final is final).",
+        "'1' cannot be fused: no subclass of Final can take its place (Final is final).",
     )
+
+
+def test_a_register_of_subclasses_does_not_hear_of_the_swapped_class() -> None:
+    heard: list[str] = []
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, **options: Any) -> None:
+            heard.append(cls.__name__)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    fuse_modules(nn.Sequential(Norm(), Registered()), ["0", "1"])
+    assert heard == []
 
 
 def test_a_class_that_guards_its_attributes_is_fused_and_taken_back_all_the_same() -> None:

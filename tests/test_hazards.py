@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -796,3 +797,227 @@ def test_a_mutable_argument_makes_the_member_run_at_its_own_call(x: Tensor) -> N
     model(x)
     assert lengths == [1, 2]
     assert "norm got a Cache, which may change before it is used" in str(path_of(model)[2])
+
+
+def test_a_parent_that_asks_for_a_legacy_tensor_type_gets_an_error_and_no_crash(
+    x: Tensor,
+) -> None:
+    def ask(h: Any) -> Any:
+        return h * 2 if isinstance(h, (torch.FloatTensor, torch.cuda.FloatTensor)) else h
+
+    model = model_of(lambda self, x: self.mlp(ask(self.norm(x))), x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError):
+        model(x)
+
+
+@pytest.mark.parametrize("strict_export", [False, True])
+def test_a_parent_that_asks_whether_its_value_is_a_tensor_is_compiled_as_the_unfused_one(
+    x: Tensor, strict_export: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        h = h * 2 if isinstance(h, Tensor) else h
+        return self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    if strict_export:
+        got = torch.export.export(model, (x,), strict=True).module()(x)
+    else:
+        got = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert torch.equal(got, expected)
+
+
+def test_a_weight_replaced_before_use_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = nn.Parameter(self.norm.weight * 3)
+        h = torch.func.functional_call(self.norm, {"weight": weight}, (x,))
+        return self.mlp(h)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match="modified in place or replaced"):
+        model(x)
+
+
+def test_an_input_modified_before_the_value_is_touched_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x.add_(1)
+        return self.mlp(h + 1)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with torch.no_grad(), pytest.raises(DeferredUseError, match="modified in place"):
+        model(x)
+
+
+def test_a_buffer_modified_before_use_is_an_error(x: Tensor) -> None:
+    class Shifted(Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        self.norm.shift.mul_(2)
+        return self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].norm = Shifted().to(x.device)
+    fuse(model, members_kernel(1))
+    with torch.no_grad(), pytest.raises(DeferredUseError):
+        model(x)
+
+
+def test_a_mode_over_the_whole_forward_runs_the_members(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.mlp(h) + torch.sin(h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    with x.device:
+        assert torch.equal(model(x), expected)
+    assert "a TorchFunctionMode or TorchDispatchMode is active" in str(path_of(model)[2])
+
+
+def draws(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x)
+
+
+class DrawsInAHelper(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return draws(x)
+
+
+class DrawsInAMethod(Norm):
+    def noise(self, x: Tensor) -> Tensor:
+        return torch.normal(x, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(x)
+
+
+class DrawsAbove(DrawsInAMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class DropsAlways(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class CountsInABuffer(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return super().forward(x) * self.steps
+
+
+@pytest.mark.parametrize(
+    "member", [DrawsInAHelper, DrawsInAMethod, DrawsAbove, DropsAlways, CountsInABuffer]
+)
+def test_a_member_whose_effects_are_below_its_forward_runs_at_its_own_call(
+    x: Tensor, member: type[Norm]
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.mlp(h) + torch.rand_like(x)
+
+    model = model_of(forward, x.device).eval()
+    model[0].norm = member().to(x.device).eval()
+    twin = copy.deepcopy(model)
+    fuse(model, members_kernel(1))
+    results = []
+    for run in (model, twin):
+        torch.manual_seed(4)
+        results.append([run(x), run(x), *run.buffers()])
+    assert_same(*results)
+    assert path_of(model)[0] == 0
+
+
+@pytest.mark.parametrize("member", [nn.Identity, lambda: nn.Dropout(0.0)])
+def test_a_member_that_returns_its_input_stays_an_alias_in_inference_mode(
+    x: Tensor, member: Callable[[], nn.Module]
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x * 1
+        h = self.norm(x)
+        h.add_(1)
+        return self.mlp(h) + x
+
+    model = model_of(forward, x.device).eval()
+    model[0].norm = member()
+    with torch.inference_mode():
+        expected = model(x)
+        fuse(model, members_kernel(1))
+        assert torch.equal(model(x), expected)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_a_hook_on_a_module_around_a_member_sees_the_real_value(x: Tensor, kind: str) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].norm = Wrapper(model[0].norm)
+    seen: list[type] = []
+    if kind == "forward":
+        model[0].norm.register_forward_hook(lambda m, args, output: seen.append(type(output)))
+    else:
+        model[0].norm.register_full_backward_hook(lambda m, g, output: seen.append(type(output[0])))
+    expected = gradients(model, x)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"norm": "0.norm.inner", "mlp": "0.mlp"}, kernel="Kernel")
+    assert_same(gradients(model, x), expected)
+    assert seen == [Tensor, Tensor]
+    assert path_of(model)[0] == 0
+
+
+def test_an_instance_level_forward_on_the_parent_gets_real_values(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    fuse(model)
+    block = model[0]
+    block.forward = lambda x: block.norm(x)
+    assert type(model(x)) is Tensor
+
+
+def test_a_parent_that_returns_itself_in_a_cycle_is_returned(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        result: dict[str, Any] = {"h": self.norm(x)}
+        result["self"] = result
+        return result
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    assert type(model(x)["h"]) is Tensor
+
+
+def test_under_torch_compile_a_checkpointed_block_runs_the_kernel(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: x + self.mlp(self.norm(x)), x, use_reentrant=False)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    model[0].norm.calls = 0
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
+    assert model[0].norm.calls == 0

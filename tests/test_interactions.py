@@ -60,7 +60,9 @@ def test_lora_on_a_linear_inside_a_member(
         fuse(model)
     assert torch.equal(model(x), twin(x))
     if fuse_first:
-        assert f"mlp.{target} is a Linear, was a Linear" in reason(model)
+        assert f"mlp.{target} is a peft.tuners.lora.layer.Linear, was a torch.nn" in reason(model)
+    else:
+        assert f"mlp.{target} is a peft.tuners.lora.layer.Linear, which a kernel" in reason(model)
     model(x).sum().backward()
     twin(x).sum().backward()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
@@ -74,6 +76,34 @@ def test_lora_on_a_linear_inside_a_member(
     unfuse_modules(model)
     assert torch.equal(model(x), twin(x))
     assert list(model.state_dict()) == list(twin.state_dict())
+
+
+@pytest.mark.parametrize("config", ["IA3Config", "OFTConfig", "HRAConfig", "FourierFTConfig"])
+@pytest.mark.parametrize("fuse_again", [False, True])
+def test_adapters_of_other_kinds_before_fusing_or_fusing_again(
+    model: Model, x: Tensor, config: str, fuse_again: bool
+) -> None:
+    import peft
+
+    options: dict[str, Any] = {"target_modules": ["up_proj"]}
+    options |= {
+        "IA3Config": {"feedforward_modules": [], "init_ia3_weights": False},
+        "OFTConfig": {"r": 2, "oft_block_size": 0, "init_weights": False},
+        "HRAConfig": {"r": 2, "init_weights": False},
+        "FourierFTConfig": {"n_frequency": 8, "init_weights": False},
+    }[config]
+
+    def adapt(model: Any) -> Any:
+        torch.manual_seed(2)
+        return peft.inject_adapter_in_model(getattr(peft, config)(**options), model)
+
+    twin = adapt(copy.deepcopy(model))
+    if fuse_again:
+        fuse(model)
+    model = adapt(model)
+    fuse(model)
+    assert torch.equal(model(x), twin(x))
+    assert report(model).groups[0].kernel_calls == 0
 
 
 def test_a_peft_model_around_a_fused_model_and_fused_through_it(x: Tensor) -> None:

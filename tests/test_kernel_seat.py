@@ -317,7 +317,12 @@ def step_parameter(model: Model) -> None:
     )
 
 
+def step_backward_pre_hook(model: Model) -> None:
+    model.layers[0].mlp.down_proj.register_full_backward_pre_hook(lambda module, given: None)
+
+
 STEPS = {
+    "mlp.down_proj has a hook": step_backward_pre_hook,
     "mlp.up_proj has a hook": step_hook,
     "norm has a hook": step_norm_hook,
     "mlp has a hook": step_backward_hook,
@@ -418,9 +423,8 @@ def test_a_dtype_the_kernel_was_not_chosen_for_runs_the_members(
         x = x.double()
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=change == "autocast"):
         if change == "input":
-            x = x.double()
-            model.layers[0].mlp = model.layers[0].mlp.double()
-            model.layers[0](x)
+            with pytest.raises(RuntimeError, match="dtype"):
+                model.layers[0](x.double())
         else:
             model(x)
     group = report(model).groups[0]
@@ -556,3 +560,102 @@ def test_train_and_eval_reach_the_seat(model: Model) -> None:
     assert not model.layers[0].mlp.fused_kernel.training
     model.train()
     assert model.layers[0].mlp.fused_kernel.training
+
+
+class WithTables(nn.Module):
+    """Takes a tuple of tensors besides the hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        return self.linear(x) * tables[0]
+
+
+class TablesKernel(nn.Module):
+    has_backward = False
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            return F.linear(x, self.last.linear.weight) * tables[0]
+
+
+def test_gradients_needed_by_a_tensor_in_a_tuple_count(x: Tensor) -> None:
+    model = nn.Sequential(WithTables()).to(x.device).requires_grad_(False)
+    tables = (torch.ones(8, device=x.device, requires_grad=True),)
+    with mapped(Tables=TablesKernel):
+        fuse_modules(model, {"last": "0"}, kernel="Tables", mode=Mode.INFERENCE)
+    assert model[0](x, tables).requires_grad
+    assert last_reasons(model) == ["gradients are needed and the kernel has no backward"]
+    with torch.no_grad():
+        model[0](x, tables)
+    assert report(model).groups[0].kernel_calls == 1
+
+
+def test_forward_mode_derivatives_are_not_left_to_a_kernel(x: Tensor) -> None:
+    from torch.autograd import forward_ad
+
+    model = nn.Sequential(WithTables()).to(x.device).requires_grad_(False)
+    tables = (torch.ones(8, device=x.device),)
+    with mapped(Tables=TablesKernel):
+        fuse_modules(model, {"last": "0"}, kernel="Tables", mode=Mode.INFERENCE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert forward_ad.unpack_dual(model[0](dual, tables)).tangent is not None
+
+
+def test_what_a_kernel_declares_goes_with_a_copy_of_the_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import copy
+
+    from kernels.layer import layer
+
+    fuse(model, InferenceKernel, mode=Mode.INFERENCE)
+    monkeypatch.setattr(layer, "_CACHED_LAYER", {})
+    copied = copy.deepcopy(model)
+    copied(torch.randn(2, 8, device=model.layers[0].norm.weight.device))
+    assert last_reasons(copied)[0] == "gradients are needed and the kernel has no backward"
+
+
+def test_the_wrong_one_of_several_outputs_does_not_reach_the_kernel(x: Tensor) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x + 2
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Two(), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)[1])
+
+    model = nn.Sequential(Parent()).to(x.device)
+    expected = model(x)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(
+            model,
+            ["0.first", "0.second"],
+            [ModuleSpec(["x"], ["a", "_"]), ModuleSpec(["a"])],
+            kernel="Kernel",
+        )
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 0
+
+
+def test_a_class_that_calls_in_its_own_way_is_not_bypassed(model: Model, x: Tensor) -> None:
+    class Doubling(nn.Linear):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().__call__(*args, **kwargs)
+
+    model.layers[0].mlp.up_proj.__class__ = Doubling
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert "calls in a way of its own" in str(last_reasons(model)[0]) or "may not know" in str(
+        last_reasons(model)[0]
+    )

@@ -313,3 +313,33 @@ def test_a_kernel_of_another_model_is_not_run(model: Model, x: Tensor) -> None:
     assert kernel_calls(model) == [0, 1]
     unfuse_modules(model)
     assert torch.equal(model(x), got)
+
+
+def test_an_instance_made_from_a_swapped_class_is_not_fused(model: Model, x: Tensor) -> None:
+    fuse(model)
+    for fused_module in (model.layers[0].norm, model.layers[0].mlp, model.layers[0]):
+        made = type(fused_module)(8).to(x.device)
+        assert made.eval()(x).shape == x.shape
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            copied.load_state_dict(made.state_dict())
+            assert torch.equal(copied(x), made(x))
+        unfuse_modules(made)
+        assert not list(report(made).groups)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_fused_without_a_kernel_can_be_scripted(x: Tensor) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).to(x.device)
+    expected = model(x)
+    fuse_modules(model, ["0", "1"])
+    assert torch.equal(torch.jit.script(model)(x), expected)
+
+
+def test_a_parent_traced_by_fx_can_be_fused(model: Model, x: Tensor) -> None:
+    traced = torch.fx.symbolic_trace(model, concrete_args=None)
+    holder = nn.Sequential(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), traced).to(x.device)
+    expected = holder(x)
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(holder, {"a": "0.0", "b": "0.1"}, kernel="Kernel")
+    unfuse_modules(holder)
+    assert torch.equal(holder(x), expected)
