@@ -7,7 +7,7 @@ import builtins
 import dis
 import inspect
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -70,11 +70,6 @@ def globals_in(code: CodeType) -> frozenset[str]:
     return frozenset(own.union(*inner))
 
 
-def asks_for_type(code: CodeType) -> bool:
-    """Whether the code calls `type(...)`, which no object can intercept."""
-    return "type" in globals_in(code)
-
-
 @lru_cache(maxsize=4096)
 def asks_for_tensors(code: CodeType) -> bool:
     """Whether the code may ask if something is a tensor, in whatever way."""
@@ -84,10 +79,8 @@ def asks_for_tensors(code: CodeType) -> bool:
     return matches or bool(asking - {"isinstance"}) or bool(asking and "Tensor" in names)
 
 
-def code_that_asks(
-    module: nn.Module, members: set[int], asks: Callable[[CodeType], bool]
-) -> str | None:
-    """The name of code around the members that asks for a type, None if there is none.
+def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
+    """The name of code around the members that calls `type(...)`, None if there is none.
 
     Looks at the `forward` of the module and of everything below it but the members, and at
     the functions that those name, as far as they are Python and outside of torch.
@@ -100,9 +93,14 @@ def code_that_asks(
             continue
         seen.add(type(current))
         for function in _reachable(type(current).forward):
-            if asks(function.__code__):
+            if "type" in globals_in(function.__code__):
                 return function.__qualname__
     return None
+
+
+def forward_asks_for_tensors(cls: type[nn.Module]) -> bool:
+    """Whether a class's `forward`, or a function it names, may ask if something is a tensor."""
+    return any(asks_for_tensors(function.__code__) for function in _reachable(cls.forward))
 
 
 def _reachable(method: Any) -> Iterator[FunctionType]:

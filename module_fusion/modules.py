@@ -192,6 +192,8 @@ class FusedModule(_Swapped):
             args, kwargs = computed(args), computed(kwargs)
         return super().__call__(*args, **kwargs)
 
+    __jit_unused_properties__ = ("fused_kernel",)
+
     def _seat(self) -> Any:
         return None if self._fusion is None else self._fusion.chain.seat
 

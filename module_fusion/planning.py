@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .chain import Chain
-from .code import asks_for_tensors, asks_for_type, code_that_asks
+from .code import code_that_asks_for_type, forward_asks_for_tensors
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found
 from .modules import KEY, FusedModule, original_class, state_of
@@ -84,11 +84,12 @@ def make_jobs(
         existing = _existing(group, chain)
         alike = (key, boundary and original_class(boundary[1]))
         speculation = speculations.setdefault(alike, Speculation())
-        if boundary is not None:
-            members = set(map(id, group.modules))
-            if code_that_asks(boundary[1], members, asks_for_tensors) is not None:
-                speculation.holds = False
         holders = _holders(modules, boundary, group)
+        around = [boundary[1]] if boundary is not None else []
+        for module in (*around, *(holder for each in holders for holder in each)):
+            # Their code runs already when a member is called, and is not traced since.
+            if forward_asks_for_tensors(original_class(module)):
+                speculation.holds = False
         is_fused = existing is not None
         job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
         jobs.setdefault(tuple(map(id, group.modules)), job)
@@ -195,7 +196,7 @@ def _refusal_to_capture(
 ) -> str | None:
     if boundary is None:
         return None
-    asking = code_that_asks(boundary[1], set(map(id, members)), asks_for_type)
+    asking = code_that_asks_for_type(boundary[1], set(map(id, members)))
     return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
 
 
