@@ -358,9 +358,11 @@ def _capture(
 
 def _why_not_around(state: ModuleState) -> str | None:
     """Why a captured value could be seen before it reaches the boundary, or get past it."""
-    boundary = state.boundary and state.boundary.module and state.boundary.module()
-    if boundary is not None and "forward" in boundary.__dict__:
-        return f"the module around {state.name} has an instance-level forward"
+    around = state.boundary
+    if around is not None and around.module is not None:
+        boundary = around.module()
+        if boundary is not None and "forward" in boundary.__dict__:
+            return f"the module around {state.name} has an instance-level forward"
     for reference in state.holders:
         holder = reference()
         if holder is not None and has_hooks(holder):
