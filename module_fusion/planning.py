@@ -65,7 +65,7 @@ def make_jobs(
     speculations: dict[Any, Speculation] = {}
     jobs: dict[tuple[int, ...], Job] = {}
     for group in groups:
-        _checkmembers_of(model, group)
+        _check_members(model, group)
     modules = dict(model.named_modules(remove_duplicate=False)) if kernel is not None else {}
     places = _places(modules)
     for group in groups:
@@ -103,7 +103,7 @@ def _places(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return places
 
 
-def _checkmembers_of(model: nn.Module, group: Group) -> None:
+def _check_members(model: nn.Module, group: Group) -> None:
     for path, module in zip(group.paths, group.modules, strict=True):
         if module is model:
             raise NotFusableError(f"{path!r} is the model itself, which cannot be a member.")
@@ -124,7 +124,9 @@ def _checkmembers_of(model: nn.Module, group: Group) -> None:
         for position, (other, member) in enumerate(zip(group.paths, group.modules, strict=True)):
             if index < position and module is member:
                 raise NotFusableError(f"{path!r} and {other!r} are the same module.")
-            if module is not member and any(m is member for m in module.modules()):
+            if module is member or not module._modules:
+                continue
+            if any(below is member for below in module.modules()):
                 raise NotFusableError(
                     f"{other!r} is inside {path!r}: a chain is made of modules beside each other."
                 )
