@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `ci` by default, `deep` for a person with an hour."""
+"""Hypothesis profiles (`ci` by default, `deep` for a person with an hour) and common fixtures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support import Model
+from torch import Tensor
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 _COMMON = {
     "deadline": None,
@@ -25,3 +29,22 @@ def _fresh_compiler() -> Iterator[None]:
     """Graphs of other tests count towards the recompile limit of the code they share."""
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device there is, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture
+def x(device: str) -> Tensor:
+    """Hidden states `(batch, tokens, hidden)`."""
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 8, device=device)
+
+
+@pytest.fixture
+def model(device: str) -> Model:
+    torch.manual_seed(1)
+    return Model(2).to(device)

@@ -14,15 +14,8 @@ from torch.func import functional_call, grad, vmap
 
 from module_fusion import fuse_modules, report, unfuse_modules
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Without a kernel nothing is captured; with one the calls are.
 KERNELS = {"no kernel": None, "members kernel": members_kernel(1), "weight kernel": WeightKernel}
-
-
-@pytest.fixture(params=DEVICES)
-def x(request: pytest.FixtureRequest) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 8, device=request.param)
 
 
 @pytest.fixture

@@ -22,14 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, report, unfuse_modules
 from module_fusion.deferred import DeferredOutput
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PATHS = ["0.norm", "0.mlp"]
-
-
-@pytest.fixture(params=DEVICES)
-def x(request: pytest.FixtureRequest) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 8, device=request.param)
 
 
 def model_of(forward: Callable[[Any, Tensor], Any], device: torch.device) -> nn.Sequential:

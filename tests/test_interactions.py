@@ -15,20 +15,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from module_fusion import UnfuseError, fuse_modules, report, unfuse_modules
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=DEVICES)
-def x(request: pytest.FixtureRequest) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 8, device=request.param)
-
-
-@pytest.fixture
-def model(x: Tensor) -> Model:
-    torch.manual_seed(1)
-    return Model(2).to(x.device)
-
 
 def fuse(model: nn.Module, paths: list[str] = PATHS) -> None:
     with mapped(Kernel=WeightKernel):

@@ -24,8 +24,6 @@ from module_fusion import (
     unfuse_modules,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
 
 class InferenceKernel(nn.Module):
     """Declares that it has no backward."""
@@ -45,23 +43,6 @@ class EagerKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return WeightKernel.forward(self, x)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def x(device: str) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 8, device=device)
-
-
-@pytest.fixture
-def model(device: str) -> Model:
-    torch.manual_seed(1)
-    return Model(2).to(device)
 
 
 def fuse(model: nn.Module, kernel: type[nn.Module] = WeightKernel, **options: Any) -> None:
