@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from inspect import Parameter
 from threading import get_ident
 from types import MethodType
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
 from .modules import KEY, ModuleState, state_of
-from .plain import MemberForm, why_not_under
+from .plain import why_not_under
 from .seat import FusedKernel, seat_class
 from .spec import External, Plan, Wire
 
@@ -117,8 +117,7 @@ class Chain:
             return [], "the module is a copy that shares the kernel of its original"
         weights: list[Tensor] = []
         now = calling_context()
-        form: MemberForm = last.__dict__[KEY].form
-        reason = form.why_not_plain(last, self.roles[-1], weights)
+        reason = last.__dict__[KEY].form.why_not_plain(last, self.roles[-1], weights)
         if reason is None and not self.collectors:
             reason = why_not_under(now)
         if reason is not None:
@@ -132,7 +131,7 @@ class Chain:
                 return [], "the members are called under different grad modes, hooks or graphs"
             call.check_unmodified()
             weights.extend(call.tensors[: call.weights])
-        return inputs, _refusal_of_kernel(seat._capabilities, inputs, weights)
+        return inputs, seat.why_not_these(inputs, weights)
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""
@@ -163,6 +162,10 @@ class Chain:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], list[CapturedCall], str | None]:
         """Follow the wires from the last member back to the captured calls."""
+        if self.plan.is_straight and len(args) == 1 and not kwargs:
+            captured = self._gather_straight(args[0])
+            if captured is not None:
+                return [captured[-1].args[0] if captured else args[0]], captured, None
         inputs: list[Any] = [_MISSING] * self.plan.inputs
         calls: list[Any] = [None] * len(self.collectors)
         for index in range(len(calls), -1, -1):
@@ -193,6 +196,24 @@ class Chain:
                     name = member.parameters[position]
                     return [], [], reason.format(what=f"{name!r} of {self.roles[index]!r}")
         return inputs, calls, None
+
+    def _gather_straight(self, value: Any) -> list[CapturedCall] | None:
+        """The captured calls of a chain whose members feed each other, last one first.
+
+        None where anything is not as usual; following the wires one by one tells what it is.
+        """
+        calls = []
+        for producer in reversed(self.collectors):
+            if type(value) is not DeferredOutput:
+                return None
+            call: CapturedCall = value.__dict__["_captured_call"]
+            if call.module is not producer or value.__dict__["_output_index"] is not None:
+                return None
+            if call.done or len(call.args) != 1 or call.kwargs:
+                return None
+            calls.append(call)
+            value = call.args[0]
+        return calls
 
     def _take(
         self, source: External | None, value: Any, inputs: list[Any], default: Any
@@ -230,48 +251,6 @@ class Chain:
         elif calls[wire.member] is not call:
             return f"the output of another call of {role!r} came as {{what}}"
         return None
-
-
-def _refusal_of_input(value: Any, tensors: list[Tensor]) -> str | None:
-    """Why a kernel may not have an input, or None. Adds its tensors to `tensors`."""
-    kind = type(value)
-    if kind is Tensor or kind is nn.Parameter:
-        tensors.append(value)
-    elif kind is DeferredOutput:
-        return "an input is itself the deferred output of a fused module"
-    elif kind in (tuple, list, dict):
-        for item in value.values() if kind is dict else value:
-            reason = _refusal_of_input(item, tensors)
-            if reason is not None:
-                return reason
-    elif isinstance(value, Tensor):
-        return f"an input is a {kind.__name__}"
-    return None
-
-
-def _refusal_of_kernel(
-    can: Mapping[str, bool], inputs: list[Any], tensors: list[Tensor]
-) -> str | None:
-    """Why a kernel with these capabilities may not have these inputs and weights, or None."""
-    if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
-        return "the kernel does not support torch.compile"
-    weights = len(tensors)
-    for value in inputs:
-        reason = _refusal_of_input(value, tensors)
-        if reason is not None:
-            return reason
-    dtypes = {tensor.dtype for tensor in tensors[:weights] if tensor.is_floating_point()}
-    for tensor in tensors[weights:]:
-        if dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes:
-            return f"an input is in {tensor.dtype}, the weights are not"
-    device = tensors[0].device if tensors else None
-    for tensor in tensors:
-        if tensor.device != device:
-            return f"inputs and weights are on {tensor.device} and {device}"
-    needs_backward = not can["has_backward"] and torch.is_grad_enabled()
-    if needs_backward and any(tensor.requires_grad for tensor in tensors):
-        return "gradients are needed and the kernel has no backward"
-    return None
 
 
 def _is_importable(function: Any) -> bool:

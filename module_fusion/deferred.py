@@ -128,6 +128,8 @@ class CapturedCall:
             args = computed(self.args)
             kwargs = computed(self.kwargs)
             self.check_unmodified()
+            if not self._is_plain_still():
+                self._refuse_modified()
             now = calling_context()
             if now == self.context:
                 self.value = self.run(self.module, args, kwargs)
@@ -137,24 +139,40 @@ class CapturedCall:
             self.args, self.kwargs, self.tensors = (), {}, []
         return self.value
 
-    def check_unmodified(self) -> None:
-        """Raise if an input or a weight was modified in place since the call."""
-        if _modified(self) or self._is_another_module():
-            raise DeferredUseError(
-                f"An input or a weight of {self.path!r} was modified in place or replaced after "
-                f"the module was called and before its output was used, so the captured call would "
-                f"see the new values. {_way_out(self.path)}"
-            )
+    def settle(self) -> None:
+        """Compute the value while that is still possible."""
+        if not self.done and self._is_as_it_was() and self._is_plain_still():
+            self.result()
 
-    def _is_another_module(self) -> bool:
-        """Whether the module no longer has the weights and the form it was called with."""
-        if self.versions is None or torch.compiler.is_dynamo_compiling():
+    def check_unmodified(self) -> None:
+        """Raise if an input or a weight was modified in place or replaced since the call."""
+        if not self._is_as_it_was():
+            self._refuse_modified()
+
+    def _is_as_it_was(self) -> bool:
+        if torch.compiler.is_dynamo_compiling():
+            look_at_trace(self)
+            return True
+        if self.versions is None:
+            return True
+        if [tensor._version for tensor in self.tensors] != self.versions:
             return False
-        weights: list[Tensor] = []
         form = self.origin.form
-        if form is None or form.why_not_plain(self.module, "", weights) is not None:
-            return form is not None
-        return len(weights) != self.weights or not all(map(operator.is_, weights, self.tensors))
+        return form is None or form.holds_same_weights(self.module, self.tensors[: self.weights])
+
+    def _is_plain_still(self) -> bool:
+        """Whether the module would compute now what it would have computed at its call."""
+        form = self.origin.form
+        if form is None or self.versions is None or torch.compiler.is_dynamo_compiling():
+            return True
+        return form.why_not_plain(self.module, "", []) is None
+
+    def _refuse_modified(self) -> None:
+        raise DeferredUseError(
+            f"An input or a weight of {self.path!r} was modified in place or replaced after "
+            f"the module was called and before its output was used, so the captured call would "
+            f"see the new values. {_way_out(self.path)}"
+        )
 
     def _result_elsewhere(self, now: Context, args: Any, kwargs: Any) -> Any:
         """Compute the value under the grad mode, autocast and hooks of the call itself."""
@@ -350,13 +368,6 @@ def _copied(value: Any, every: bool) -> Any:
     if kind is not DeferredOutput and kind not in _IMMUTABLE:
         raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
     return value
-
-
-def _modified(call: CapturedCall) -> bool:
-    if torch.compiler.is_dynamo_compiling():
-        look_at_trace(call)
-        return False
-    return call.versions is not None and [t._version for t in call.tensors] != call.versions
 
 
 def _refuse_in_autograd_function(call: CapturedCall) -> None:

@@ -53,6 +53,7 @@ class ModuleState:
         boundary: state of the module around the chains this module collects for.
         holders: modules between that one and this one, weakly.
         boundary_of: number of chains whose deferred values must not leave this module.
+        inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
         returned: number of values that `forward` returned, None before it was called.
         chain: the chain, on the last member.
@@ -74,6 +75,7 @@ class ModuleState:
         self.boundary: ModuleState | None = None
         self.holders: tuple[weakref.ref[nn.Module], ...] = ()
         self.boundary_of = 0
+        self.inside: dict[int, list[weakref.ref[CapturedCall]]] = {}
         self.outputs = 1
         self.returned: int | None = None
         self.chain: Any = None
@@ -88,6 +90,7 @@ class ModuleState:
         fresh: dict[str, Any] = {
             "module": None,
             "holders": (),
+            "inside": {},
             "armed": 0,
             "form": None,
             "running": set(),
@@ -232,7 +235,7 @@ class FusedModule(_Swapped):
 
 
 class _Boundary(_Swapped):
-    """The module around a chain: no deferred value leaves its `forward`.
+    """The module around a chain: calls are captured, and their values used, in its `forward`.
 
     Keeps the name of its original class, because schemes that wrap modules by class name
     (FSDP policies, `_no_split_modules`) look for it.
@@ -310,8 +313,28 @@ def _swapped_class(
 def _guarded_forward(original: type[nn.Module]) -> Any:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = original.forward(self, *args, **kwargs)
-        return output if type(output) is Tensor else materialise(output)
+        state: ModuleState | None = self._fusion  # type: ignore[assignment]
+        if state is None or torch.compiler.is_dynamo_compiling():
+            output = original.forward(self, *args, **kwargs)
+            return output if type(output) is Tensor else materialise(output)
+        inside, caller = state.inside, get_ident()
+        outer = inside.get(caller)
+        captured = inside[caller] = []
+        try:
+            output = original.forward(self, *args, **kwargs)
+        finally:
+            if outer is None:
+                del inside[caller]
+            else:
+                inside[caller] = outer
+        if type(output) is not Tensor:
+            output = materialise(output)
+        for reference in captured:
+            call = reference()
+            if call is not None:
+                # Kept somewhere, such as on an object: nobody may find it uncomputed.
+                call.settle()
+        return output
 
     return forward
 
@@ -327,47 +350,51 @@ def _capture(
     module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The call's deferred output, or None where the module has to run now."""
-    if state.running and get_ident() in state.running:
-        return None
-    if torch.compiler.is_dynamo_compiling() and not state.speculation.holds:
-        return None
-    form, weights = state.form, []  # type: ignore[var-annotated]
-    assert form is not None
-    call = None
-    context = calling_context()
-    reason = (
-        _why_not_around(state)
-        or why_not_under(context)
-        or form.why_not_plain(module, state.name, weights)
-    )
-    if reason is None and state.outputs > 1 and state.outputs != state.returned:
-        reason = f"{state.name} {_why_not_unpacked(state)}"
-    if reason is None:
-        try:
-            call = CapturedCall(call_as_itself, module, state, args, kwargs, weights, context)
-        except NotCapturableError as error:
-            reason = f"{state.name} {error}"
+    inside = None
+    if torch.compiler.is_dynamo_compiling():
+        if not state.speculation.holds:
+            return None
+    else:
+        caller = get_ident()
+        if caller in state.running:
+            return None
+        inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
+        # A checkpoint in the forward around it calls its function again in the backward.
+        if inside is None and torch._C._current_graph_task_id() == -1:
+            state.reason = f"{state.name} is called outside the forward of the module around it"
+            return None
+    call, reason = _captured_call(module, state, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
         state.reason = reason
     if call is None:
         return None
+    if inside is not None:
+        inside.append(weakref.ref(call))
     if state.outputs == 1:
         return DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
 
 
-def _why_not_around(state: ModuleState) -> str | None:
-    """Why a captured value could be seen before it reaches the boundary, or get past it."""
-    around = state.boundary
-    if around is not None and around.module is not None:
-        boundary = around.module()
-        if boundary is not None and "forward" in boundary.__dict__:
-            return f"the module around {state.name} has an instance-level forward"
+def _captured_call(
+    module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[CapturedCall | None, str | None]:
+    """The call, or the reason why it cannot wait."""
+    form: MemberForm = state.form  # type: ignore[assignment]
+    weights: list[Tensor] = []
+    context = calling_context()
+    reason = why_not_under(context) or form.why_not_plain(module, state.name, weights)
+    if reason is not None:
+        return None, reason
     for reference in state.holders:
         holder = reference()
         if holder is not None and has_hooks(holder):
-            return f"a module around {state.name} has a hook"
-    return None
+            return None, f"a module around {state.name} has a hook"
+    if state.outputs > 1 and state.outputs != state.returned:
+        return None, f"{state.name} {_why_not_unpacked(state)}"
+    try:
+        return CapturedCall(call_as_itself, module, state, args, kwargs, weights, context), None
+    except NotCapturableError as error:
+        return None, f"{state.name} {error}"
 
 
 def _why_not_unpacked(state: ModuleState) -> str:

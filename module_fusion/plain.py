@@ -11,6 +11,7 @@ device and dtype, and nothing that draws random numbers or updates a buffer at t
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ _RANDOM_NAMES = frozenset(
     for in_place in ("", "_")
 )  # fmt: skip
 
+# What `calling_context` gives outside of every mode, transform and trace.
+_USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)
+_USUAL_WITHOUT_GRAD = (False, *_USUAL[1:])
 
 Effects = Callable[[Any], bool]
 
@@ -62,6 +66,10 @@ class MemberForm:
         self._add(member, "", -1, "")
         classes = {original_of(part.cls) for part in self.parts if part.cls is not type(None)}
         self.forwards = [(cls, cls.forward, cls.__call__) for cls in classes]
+        parameters = [p for part in self.parts for p in part.parameters]
+        self.dtypes = {d for _, d, _ in parameters if d is not None and d.is_floating_point}
+        self.devices = {device for _, _, device in parameters if device is not None}
+        self.has_buffers = any(True for _ in member.buffers())
 
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
@@ -155,6 +163,20 @@ class MemberForm:
                 weights.extend(b for b in own["_buffers"].values() if b is not None)
         return None
 
+    def holds_same_weights(self, member: nn.Module, weights: list[Tensor]) -> bool:
+        """Whether the member still has the parameters and buffers it had, the very objects."""
+        modules: list[Any] = []
+        found: list[Tensor] = []
+        for _, parent, key, *_ in self.parts:
+            module = modules[parent].__dict__["_modules"].get(key) if modules else member
+            modules.append(module)
+            if module is not None:
+                own = module.__dict__
+                found += own["_parameters"].values()
+                found += own["_buffers"].values()
+        found = [tensor for tensor in found if tensor is not None]
+        return len(found) == len(weights) and all(map(operator.is_, found, weights))
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module's own call runs forward or backward hooks."""
@@ -176,6 +198,8 @@ def original_of(cls: type) -> Any:
 
 def why_not_under(context: Context) -> str | None:
     """The reason why no kernel may run in a context, or None."""
+    if context in (_USUAL, _USUAL_WITHOUT_GRAD):
+        return None
     _, autocast, transforms, *rest = context
     if autocast:
         return "autocast is on"

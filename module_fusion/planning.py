@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Signature
@@ -11,7 +12,12 @@ import torch
 from torch import nn
 
 from .chain import Chain
-from .code import code_that_asks_for_type, forward_asks_for_tensors
+from .code import (
+    call_order,
+    code_that_asks_for_type,
+    forward_asks_for_tensors,
+    function_of,
+)
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found
 from .modules import KEY, FusedModule, original_class, state_of
@@ -66,6 +72,7 @@ def make_jobs(
     jobs: dict[tuple[int, ...], Job] = {}
     for group in groups:
         _check_members(model, group)
+        _check_order(model, group)
     modules = dict(model.named_modules(remove_duplicate=False)) if kernel is not None else {}
     places = _places(modules)
     for group in groups:
@@ -130,6 +137,23 @@ def _check_members(model: nn.Module, group: Group) -> None:
                 raise NotFusableError(
                     f"{other!r} is inside {path!r}: a chain is made of modules beside each other."
                 )
+
+
+def _check_order(model: nn.Module, group: Group) -> None:
+    """Refuse a chain whose modules are certain to run in another order."""
+    for first, second in itertools.pairwise(group.paths):
+        parent, one, other = model, first.split("."), second.split(".")
+        while one and one[0] == other[0]:
+            parent = parent._modules[one.pop(0)]  # type: ignore[assignment]
+            other.pop(0)
+        forward = function_of(original_class(parent).forward)
+        order = call_order(forward) if forward is not None else {}
+        if order.get(one[0], -1) > order.get(other[0], len(order)):
+            raise SpecMismatchError(
+                f"{second!r} runs before {first!r}: {original_class(parent).__qualname__}.forward "
+                f"calls self.{other[0]} first. Give the modules in the order in which they run: "
+                f"[..., {second!r}, {first!r}, ...]."
+            )
 
 
 def _plan(group: Group, specs: Sequence[ModuleSpec] | None) -> Plan:
@@ -197,7 +221,7 @@ def _refusal_to_capture(
     boundary: tuple[str, nn.Module] | None, members: Sequence[nn.Module]
 ) -> str | None:
     if boundary is None:
-        return None
+        return "no module around the members has a forward of its own class, to capture calls in"
     asking = code_that_asks_for_type(boundary[1], set(map(id, members)))
     return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
 

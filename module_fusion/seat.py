@@ -11,9 +11,11 @@ import weakref
 from inspect import Parameter
 from typing import Any
 
+import torch
 from kernels import use_kernel_forward_from_hub
-from torch import nn
+from torch import Tensor, nn
 
+from .deferred import DeferredOutput
 from .errors import SpecMismatchError
 from .modules import call_as_itself, state_of
 from .plain import MemberForm
@@ -33,6 +35,9 @@ class FusedKernel(nn.Module):
     _members: tuple[weakref.ref[nn.Module], ...]
     _plan: Plan
     _capabilities: dict[str, bool]
+    _dtypes: set[torch.dtype]
+    _device: torch.device | None
+    _has_buffers: bool
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -67,13 +72,75 @@ class FusedKernel(nn.Module):
             if armed:
                 state.form = MemberForm(member)
         self.__dict__["_armed"] = armed
-        self.__dict__["_capabilities"] = _capabilities(self.kernel)
+        if armed:
+            forms = [state.form for state in states]  # type: ignore[union-attr]
+            self.__dict__.update(
+                _capabilities=_capabilities(self.kernel),
+                _dtypes=set().union(*(form.dtypes for form in forms)),  # type: ignore[union-attr]
+                _device=_only(set().union(*(form.devices for form in forms))),  # type: ignore[union-attr]
+                _has_buffers=any(form.has_buffers for form in forms),  # type: ignore[union-attr]
+            )
+
+    def why_not_these(self, inputs: list[Any], weights: list[Tensor]) -> str | None:
+        """The reason why the kernel may not have these inputs, or None.
+
+        The weights are those of plain members: in the dtypes and on the devices that the
+        parameters had when the kernel took the seat.
+        """
+        can = self._capabilities
+        if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
+            return "the kernel does not support torch.compile"
+        tensors: list[Tensor] = []
+        for value in inputs:
+            reason = _why_not_input(value, tensors)
+            if reason is not None:
+                return reason
+        dtypes, device = self._dtypes, self._device
+        for tensor in tensors:
+            dtype = tensor.dtype
+            if dtype not in dtypes and dtypes and dtype.is_floating_point:
+                return f"an input is in {dtype}, the weights are not"
+            if device is None or tensor.device != device:
+                return _why_not_together([*tensors, *weights])
+        if self._has_buffers and (reason := _why_not_together(weights)):
+            return reason
+        needs_backward = not can["has_backward"] and torch.is_grad_enabled()
+        if needs_backward and any(tensor.requires_grad for tensor in (*tensors, *weights)):
+            return "gradients are needed and the kernel has no backward"
+        return None
 
     def extra_repr(self) -> str:
         return "" if self.__dict__["_armed"] else "no kernel"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a kernel's seat is copied with its FusedModule")
+
+
+def _only(devices: set[torch.device]) -> torch.device | None:
+    """The one device, None where there are several or none."""
+    return next(iter(devices)) if len(devices) == 1 else None
+
+
+def _why_not_together(tensors: list[Tensor]) -> str | None:
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return f"inputs and weights are on {' and '.join(devices)}" if len(devices) > 1 else None
+
+
+def _why_not_input(value: Any, tensors: list[Tensor]) -> str | None:
+    """Why a kernel may not have an input, or None. Adds its tensors to `tensors`."""
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter:
+        tensors.append(value)
+    elif kind is DeferredOutput:
+        return "an input is itself the deferred output of a fused module"
+    elif kind in (tuple, list, dict):
+        for item in value.values() if kind is dict else value:
+            reason = _why_not_input(item, tensors)
+            if reason is not None:
+                return reason
+    elif isinstance(value, Tensor):
+        return f"an input is a {kind.__name__}"
+    return None
 
 
 _ANY_SEAT = FusedKernel()

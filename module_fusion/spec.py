@@ -104,11 +104,15 @@ class MemberPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The wiring of one chain, and the signature its kernel has."""
+    """The wiring of one chain, and the signature its kernel has.
+
+    `is_straight` where every member has one input and one output, which feeds the next one.
+    """
 
     members: tuple[MemberPlan, ...]
     signature: Signature
     inputs: int
+    is_straight: bool
 
 
 def infer_specs(forwards: Sequence[Signature]) -> list[ModuleSpec]:
@@ -181,7 +185,9 @@ def make_plan(
         _member_plan(signature, spec, sources, index_of) for signature, spec, sources in resolved
     )
     _check_all_used(members, specs, paths)
-    return Plan(members, Signature(ordered), len(ordered))
+    straight = (External(0), *(Wire(index, 0, 1) for index in range(len(members) - 1)))
+    is_straight = tuple(member.only for member in members) == straight
+    return Plan(members, Signature(ordered), len(ordered), is_straight)
 
 
 def forward_signature(cls: type[nn.Module]) -> Signature:

@@ -8,11 +8,12 @@ does when it is not sure: it speculates, and traces again when it was wrong.
 from __future__ import annotations
 
 import os
+from types import CodeType
 from typing import Any
 
 import torch
 
-from .code import asks_for_tensors
+from .code import asks_for_tensors, function_of
 
 _HERE = os.path.dirname(__file__)
 _TORCH = os.path.dirname(torch.__file__)
@@ -46,7 +47,8 @@ def look_at_trace(call: Any) -> None:
     from torch._dynamo.comptime import comptime
 
     speculation = call.origin.speculation  # noqa: F841  (read by name)
-    comptime(_check_not_in_kernel)
+    boundary = call.origin.boundary  # noqa: F841  (read by name)
+    comptime(_check_place)
     for tensor in call.tensors:  # noqa: B007  (read by name)
         comptime(_check_traced)
 
@@ -66,13 +68,27 @@ def _give_up(ctx: Any) -> None:
         raise RestartAnalysis(restart_reason="the output of a fused module is used elsewhere")
 
 
-def _check_not_in_kernel(ctx: Any) -> None:
-    """A kernel that calls the members is traced as the members."""
+def _check_place(ctx: Any) -> None:
+    """Captured calls stay in the forward of the module around them, and out of the kernel.
+
+    A kernel that calls the members is traced as the members.
+    """
+    forward = function_of(_variable(ctx, "boundary").value.original.forward)
     tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    inside = False
     while tx is not None:
-        if tx.f_code.co_name == "run_kernel" and tx.f_code.co_filename.startswith(_HERE):
+        code = tx.f_code
+        if code.co_name == "run_kernel" and code.co_filename.startswith(_HERE):
             _give_up(ctx)
+        # After a graph break the rest of a function is traced as a function of its own.
+        inside = inside or forward is None or _is_part_of(code, forward.__code__)
         tx = getattr(tx, "parent", None)
+    if not inside:
+        _give_up(ctx)
+
+
+def _is_part_of(code: CodeType, whole: CodeType) -> bool:
+    return (code.co_filename, code.co_firstlineno) == (whole.co_filename, whole.co_firstlineno)
 
 
 def _check_traced(ctx: Any) -> None:

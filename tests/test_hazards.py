@@ -6,10 +6,8 @@ import copy
 import gc
 import threading
 import weakref
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,43 +15,9 @@ import torch
 from support import Block, Mlp, Norm, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutput
+from written import PATHS, assert_same, fuse, gradients, model_of, path_of
 
 from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, report, unfuse_modules
-from module_fusion.deferred import DeferredOutput
-
-PATHS = ["0.norm", "0.mlp"]
-
-
-def model_of(forward: Callable[[Any, Tensor], Any], device: torch.device) -> nn.Sequential:
-    """A model with one block whose `forward` is the given function."""
-    block = type("Written", (Block,), {"forward": forward})
-    torch.manual_seed(1)
-    return nn.Sequential(block()).to(device)
-
-
-def fuse(model: nn.Module, kernel: type[nn.Module] = WeightKernel) -> None:
-    with mapped(Kernel=kernel):
-        fuse_modules(model, PATHS, kernel="Kernel")
-
-
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
-
-
-def assert_same(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    for ours, theirs in zip(got, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or torch.equal(ours, theirs)
-
-
-def path_of(model: nn.Module) -> tuple[int, int, str | None]:
-    group = report(model).groups[0]
-    return group.kernel_calls, group.member_calls, group.reason
 
 
 def checkpoint_last_member(use_reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
@@ -358,92 +322,6 @@ def test_without_a_kernel_an_input_may_be_modified_in_place_before_use(x: Tensor
         assert torch.equal(model(x.clone()), expected)
 
 
-@dataclass
-class Pair:
-    first: Any
-    second: Any
-
-
-Named = namedtuple("Named", ["first", "second"])
-CONTAINERS = {
-    "value": lambda h: h,
-    "tuple": lambda h: (h, 1),
-    "list": lambda h: [h, [h]],
-    "dict": lambda h: {"h": h, "nested": {"h": h}},
-    "dataclass": lambda h: Pair(h, (h,)),
-    "namedtuple": lambda h: Named(h, None),
-    "ModelOutput": lambda h: BaseModelOutput(last_hidden_state=h, hidden_states=(h, h)),
-    "ModelOutput of one": lambda h: BaseModelOutput(last_hidden_state=h),
-}
-# A ModelOutput asks for the type of its only field, so the value is computed by then.
-LOOKS_INSIDE = ("ModelOutput of one",)
-
-
-def leaves(value: Any) -> list[Tensor]:
-    if isinstance(value, Pair):
-        return leaves(value.first) + leaves(value.second)
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in leaves(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if type(value) is Tensor else []
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_what_leaves_the_parent_is_a_real_tensor(x: Tensor, container: str) -> None:
-    def forward(self: Any, x: Tensor) -> Any:
-        return CONTAINERS[container](self.norm(x))
-
-    model = model_of(forward, x.device)
-    expected = model(x)
-    fuse(model)
-    seen: list[Any] = []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    got = model(x)
-    assert type(got) is type(expected)
-    assert len(leaves(got)) == len(leaves(expected)) > 0
-    assert_same(leaves(got), leaves(expected))
-    assert leaves(seen) == leaves(got)
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_value_in_a_container_still_reaches_the_kernel(x: Tensor, container: str) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        box = CONTAINERS[container](self.norm(x))
-        h = {
-            "value": lambda: box,
-            "tuple": lambda: box[0],
-            "list": lambda: box[1][0],
-            "dict": lambda: box["nested"]["h"],
-            "dataclass": lambda: box.second[0],
-            "namedtuple": lambda: box.first,
-            "ModelOutput": lambda: box.last_hidden_state,
-            "ModelOutput of one": lambda: box.last_hidden_state,
-        }[container]()
-        return x + self.mlp(h)
-
-    model = model_of(forward, x.device)
-    expected = model(x)
-    fuse(model)
-    assert torch.equal(model(x), expected)
-    assert path_of(model)[0] == (0 if container in LOOKS_INSIDE else 1)
-
-
-def test_a_value_stored_on_the_parent_can_be_used_later(x: Tensor) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        self.kept = self.norm(x)
-        self.boxed = [self.norm(x)]
-        return x + self.mlp(self.kept)
-
-    model = model_of(forward, x.device)
-    expected = model(x)
-    kept = model[0].kept.clone()
-    fuse(model)
-    assert torch.equal(model(x), expected)
-    assert torch.equal(model[0].kept + 0, kept)
-    assert torch.equal(model[0].boxed[0] + 0, kept)
-
-
 class TupleNorm(Norm):
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x), x.mean()
@@ -605,21 +483,6 @@ def test_a_thousand_exceptions_between_capture_and_use_leave_no_tensor_behind(x:
         with pytest.raises(KeyError):
             model(x)
     assert live() <= before
-
-
-def test_a_dropped_value_is_freed_without_the_garbage_collector(x: Tensor) -> None:
-    model = model_of(lambda self, x: None, x.device)
-    fuse(model)
-    captured = x * 1
-    alive = weakref.ref(captured)
-    gc.disable()
-    try:
-        value = model[0].norm(captured)
-        assert type(value) is DeferredOutput
-        del captured, value
-        assert alive() is None
-    finally:
-        gc.enable()
 
 
 def test_a_fused_model_is_freed_without_the_garbage_collector(x: Tensor) -> None:
@@ -956,51 +819,6 @@ def test_a_member_that_returns_its_input_stays_an_alias_in_inference_mode(
         expected = model(x)
         fuse(model, members_kernel(1))
         assert torch.equal(model(x), expected)
-
-
-class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_a_hook_on_a_module_around_a_member_sees_the_real_value(x: Tensor, kind: str) -> None:
-    model = model_of(Block.forward, x.device)
-    model[0].norm = Wrapper(model[0].norm)
-    seen: list[type] = []
-    if kind == "forward":
-        model[0].norm.register_forward_hook(lambda m, args, output: seen.append(type(output)))
-    else:
-        model[0].norm.register_full_backward_hook(lambda m, g, output: seen.append(type(output[0])))
-    expected = gradients(model, x)
-    with mapped(Kernel=members_kernel(1)):
-        fuse_modules(model, {"norm": "0.norm.inner", "mlp": "0.mlp"}, kernel="Kernel")
-    assert_same(gradients(model, x), expected)
-    assert seen == [Tensor, Tensor]
-    assert path_of(model)[0] == 0
-
-
-def test_an_instance_level_forward_on_the_parent_gets_real_values(x: Tensor) -> None:
-    model = model_of(Block.forward, x.device)
-    fuse(model)
-    block = model[0]
-    block.forward = lambda x: block.norm(x)
-    assert type(model(x)) is Tensor
-
-
-def test_a_parent_that_returns_itself_in_a_cycle_is_returned(x: Tensor) -> None:
-    def forward(self: Any, x: Tensor) -> Any:
-        result: dict[str, Any] = {"h": self.norm(x)}
-        result["self"] = result
-        return result
-
-    model = model_of(forward, x.device)
-    fuse(model)
-    assert type(model(x)["h"]) is Tensor
 
 
 def test_under_torch_compile_a_checkpointed_block_runs_the_kernel(x: Tensor) -> None:

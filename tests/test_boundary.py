@@ -1,0 +1,285 @@
+"""Captured values stay inside the `forward` of the module around the members."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support import Block, mapped, members_kernel
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from written import assert_same, fuse, gradients, model_of, path_of
+
+from module_fusion import DeferredUseError, fuse_modules
+
+
+@dataclass
+class Pair:
+    first: Any
+    second: Any
+
+
+Named = namedtuple("Named", ["first", "second"])
+CONTAINERS = {
+    "value": lambda h: h,
+    "tuple": lambda h: (h, 1),
+    "list": lambda h: [h, [h]],
+    "dict": lambda h: {"h": h, "nested": {"h": h}},
+    "dataclass": lambda h: Pair(h, (h,)),
+    "namedtuple": lambda h: Named(h, None),
+    "ModelOutput": lambda h: BaseModelOutput(last_hidden_state=h, hidden_states=(h, h)),
+    "ModelOutput of one": lambda h: BaseModelOutput(last_hidden_state=h),
+}
+# A ModelOutput asks for the type of its only field, so the value is computed by then.
+LOOKS_INSIDE = ("ModelOutput of one",)
+
+
+def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Pair):
+        return leaves(value.first) + leaves(value.second)
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value] if type(value) is Tensor else []
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_leaves_the_parent_is_a_real_tensor(x: Tensor, container: str) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        return CONTAINERS[container](self.norm(x))
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    seen: list[Any] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    got = model(x)
+    assert type(got) is type(expected)
+    assert len(leaves(got)) == len(leaves(expected)) > 0
+    assert_same(leaves(got), leaves(expected))
+    assert leaves(seen) == leaves(got)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_value_in_a_container_still_reaches_the_kernel(x: Tensor, container: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        box = CONTAINERS[container](self.norm(x))
+        h = {
+            "value": lambda: box,
+            "tuple": lambda: box[0],
+            "list": lambda: box[1][0],
+            "dict": lambda: box["nested"]["h"],
+            "dataclass": lambda: box.second[0],
+            "namedtuple": lambda: box.first,
+            "ModelOutput": lambda: box.last_hidden_state,
+            "ModelOutput of one": lambda: box.last_hidden_state,
+        }[container]()
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert path_of(model)[0] == (0 if container in LOOKS_INSIDE else 1)
+
+
+def test_a_value_stored_on_the_parent_can_be_used_later(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.kept = self.norm(x)
+        self.boxed = [self.norm(x)]
+        return x + self.mlp(self.kept)
+
+    model = model_of(forward, x.device)
+    expected = model(x)
+    kept = model[0].kept.clone()
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model[0].kept + 0, kept)
+    assert torch.equal(model[0].boxed[0] + 0, kept)
+
+
+def test_a_member_called_by_hand_gives_a_real_tensor(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    expected = model[0].norm(x)
+    fuse(model)
+    value = model[0].norm(x)
+    output = model[0].mlp(value)
+    assert path_of(model)[2] == (
+        "norm is called outside the forward of the module around it; it gave no deferred value "
+        "for 'x' of 'mlp'"
+    )
+    assert type(value) is Tensor
+    assert torch.equal(value, expected)
+    assert torch.equal(x + output, model(x))
+
+
+def test_a_compiled_member_called_by_hand_gives_a_real_tensor(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    expected = torch.compile(model[0].norm, backend="eager")(x)
+    fuse(model)
+    value = torch.compile(model[0].norm, backend="eager")(x)
+    assert type(value) is Tensor
+    assert torch.equal(value, expected)
+
+
+def test_another_method_of_the_parent_gives_a_real_tensor(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    type(model[0]).normed = lambda self, x: [self.norm(x)]
+    fuse(model)
+    assert type(model[0].normed(x)[0]) is Tensor
+
+
+def test_a_parent_that_is_a_generator_yields_real_tensors(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        yield self.norm(x)
+        yield x + self.mlp(self.norm(x))
+
+    block = type("Written", (Block,), {"forward": forward})
+    model = nn.ModuleList([block()]).to(x.device)
+    expected = list(model[0](x))
+    holder = nn.Sequential()
+    holder.add_module("0", model[0])
+    fuse(holder)
+    got = list(model[0](x))
+    assert [type(value) for value in got] == [Tensor, Tensor]
+    assert_same(got, expected)
+
+
+def test_a_thread_that_the_parent_starts_gets_real_tensors(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(self.norm(x)))
+        thread.start()
+        thread.join()
+        return self.mlp(found[0]), type(found[0])
+
+    model = model_of(forward, x.device)
+    expected = model(x)[0]
+    fuse(model)
+    got, kind = model(x)
+    assert torch.equal(got, expected)
+    assert kind is Tensor
+
+
+class Box:
+    """A container that nobody looks into."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("use", [False, True])
+def test_a_value_kept_on_an_object_is_computed_when_the_parent_returns(
+    x: Tensor, use: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        box = Box(self.norm(x))
+        return (self.mlp(box.value) if use else x), box
+
+    model = model_of(forward, x.device)
+    expected = model(x)[1].value
+    fuse(model)
+    box = model(x)[1]
+    assert model[0].norm.calls == 2
+    with torch.no_grad():
+        model[0].norm.weight.zero_()  # What comes later does not change it.
+    assert torch.equal(box.value + 0, expected)
+    assert model[0].norm.calls == 2
+
+
+def test_a_kept_value_whose_input_was_modified_since_is_an_error_only_when_used(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        x = x * 1
+        self.kept = Box(self.norm(x))
+        y = self.mlp(self.kept.value)
+        return x.add_(y.detach())
+
+    model = model_of(forward, x.device)
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model)
+        assert torch.equal(model(x), expected)
+        with pytest.raises(DeferredUseError, match=r"modified in place or replaced"):
+            model[0].kept.value + 0
+
+
+def test_after_an_exception_a_member_called_by_hand_gives_a_real_tensor(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        self.norm(x)
+        raise KeyError("inside")
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with pytest.raises(KeyError):
+        model(x)
+    assert type(model[0].norm(x)) is Tensor
+
+
+def test_a_dropped_value_is_freed_without_the_garbage_collector(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> None:
+        captured = x * 1
+        alive = weakref.ref(captured)
+        gc.disable()
+        try:
+            value = self.norm(captured)
+            assert self.norm.calls == 0
+            del captured, value
+            assert alive() is None
+        finally:
+            gc.enable()
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    model(x)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_a_hook_on_a_module_around_a_member_sees_the_real_value(x: Tensor, kind: str) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].norm = Wrapper(model[0].norm)
+    seen: list[type] = []
+    if kind == "forward":
+        model[0].norm.register_forward_hook(lambda m, args, output: seen.append(type(output)))
+    else:
+        model[0].norm.register_full_backward_hook(lambda m, g, output: seen.append(type(output[0])))
+    expected = gradients(model, x)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"norm": "0.norm.inner", "mlp": "0.mlp"}, kernel="Kernel")
+    assert_same(gradients(model, x), expected)
+    assert seen == [Tensor, Tensor]
+    assert path_of(model)[0] == 0
+
+
+def test_an_instance_level_forward_on_the_parent_gets_real_values(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    fuse(model)
+    block = model[0]
+    block.forward = lambda x: block.norm(x)
+    assert type(model(x)) is Tensor
+
+
+def test_a_parent_that_returns_itself_in_a_cycle_is_returned(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        result: dict[str, Any] = {"h": self.norm(x)}
+        result["self"] = result
+        return result
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    assert type(model(x)["h"]) is Tensor
