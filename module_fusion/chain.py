@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 import weakref
 from collections.abc import Sequence
 from inspect import Parameter
@@ -135,10 +135,12 @@ class Chain:
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""
-        function, capabilities = self.__dict__.pop("_copied_kernel", (None, None))
+        function, is_method, capabilities = self.__dict__.pop("_copied_kernel", (None, None, None))
         self.take_seat(last)
+        if isinstance(function, tuple):
+            function = _imported(*function)
         if self.seat is not None and function is not None:
-            self.seat.forward = MethodType(function, self.seat)
+            self.seat.forward = MethodType(function, self.seat) if is_method else function
             self.seat.__dict__["_capabilities"] = capabilities
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
@@ -149,14 +151,20 @@ class Chain:
         kept = {name: value for name, value in self.__dict__.items() if name != "seat"}
         copied.__dict__.update(deepcopy(kept, memo), seat=None)
         if self.seat is not None:
-            copied.__dict__["_copied_kernel"] = (self.seat.kernel, self.seat._capabilities)
+            copied.__dict__["_copied_kernel"] = self._kernel_to_copy(self.seat.kernel)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "seat": None}
-        if self.seat is not None and _is_importable(self.seat.kernel):
-            state["_copied_kernel"] = (self.seat.kernel, self.seat._capabilities)
+        if self.seat is not None and self.seat.kernel is not None:
+            # By name: where there is no such kernel, the file still opens, and the members run.
+            name = (self.seat.kernel.__module__, self.seat.kernel.__qualname__)
+            state["_copied_kernel"] = self._kernel_to_copy(name)
         return state
+
+    def _kernel_to_copy(self, function: Any) -> tuple[Any, bool, dict[str, bool]]:
+        seat: FusedKernel = self.seat  # type: ignore[assignment]
+        return function, isinstance(seat.__dict__.get("forward"), MethodType), seat._capabilities
 
     def _gather(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -253,8 +261,12 @@ class Chain:
         return None
 
 
-def _is_importable(function: Any) -> bool:
-    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
-    for name in getattr(function, "__qualname__", "").split("."):
+def _imported(module: str, qualified_name: str) -> Any:
+    """The function of that name, None if there is none."""
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return None
+    for name in qualified_name.split("."):
         found = getattr(found, name, None)
-    return function is not None and found is function
+    return found

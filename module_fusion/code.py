@@ -7,116 +7,80 @@ import builtins
 import dis
 import inspect
 import linecache
+import sys
 import textwrap
-from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
 
-_LOAD_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+from .bytecode import Load, callees_of, layers_of, loads_in, self_of
 
-
-def function_of(method: Any) -> FunctionType | None:
-    """The Python function below decorators, None if there is none."""
-    while hasattr(method, "__wrapped__"):
-        method = method.__wrapped__
-    return method if isinstance(method, FunctionType) else None
-
-
-@lru_cache(maxsize=4096)
-def names_in(code: CodeType) -> frozenset[str]:
-    """Globals, attributes and keywords that a function and the functions in it use.
-
-    Attributes of the function's own `self` do not count: a child that is called `dropout` does
-    not make its parent random. Only `training` does, as `self.training`.
-    """
-    names = {name for name, own in _loads(code) if not own}
-    names |= {"self.training" for name, own in _loads(code) if own and name == "training"}
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= names_in(constant)
-        elif isinstance(constant, tuple):
-            names.update(item for item in constant if isinstance(item, str))
-    return frozenset(names)
-
-
-@lru_cache(maxsize=4096)
-def own_attributes_in(code: CodeType) -> frozenset[str]:
-    """Attributes of its own `self` that a function loads."""
-    return frozenset(name for name, own in _loads(code) if own)
-
-
-def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """The names that code loads or stores, and whether each is an attribute of its `self`."""
-    me = code.co_varnames[0] if code.co_varnames else ""
-    previous: Any = None
-    for instruction in dis.get_instructions(code):
-        value = instruction.argval
-        if isinstance(value, str) and instruction.opname.startswith(("LOAD_", "STORE_")):
-            yield value, instruction.opname in _LOAD_ATTRIBUTE and previous == me
-        previous = value[-1] if isinstance(value, tuple) and value else value
-
-
-@lru_cache(maxsize=4096)
-def globals_in(code: CodeType) -> frozenset[str]:
-    """Globals and builtins that a function and the functions in it load."""
-    own = {
-        instruction.argval
-        for instruction in dis.get_instructions(code)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
-    inner = (globals_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return frozenset(own.union(*inner))
+# An `isinstance` with these alone is false of a tensor and of a value that stands for one.
+_NOT_TENSORS = frozenset(
+    ("tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "complex", "slice")
+)
 
 
 @lru_cache(maxsize=4096)
 def asks_for_tensors(code: CodeType) -> bool:
     """Whether the code may ask if something is a tensor, in whatever way."""
-    names = names_in(code)
-    asking = {"type", "is_tensor", "__class__", "isinstance", "issubclass"} & names
-    matches = any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code))
-    return matches or bool(asking - {"isinstance"}) or bool(asking and "Tensor" in names)
+    if any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)):
+        return True
+    for load in loads_in(code, "self" if code.co_varnames[:1] == ("self",) else ""):
+        if {"__class__", "is_tensor", "issubclass"} & {load.name, *load.attributes}:
+            return True
+        if _asks_for_type(load):
+            return True
+        if load.name == "isinstance":
+            classes = {name for name in load.given or () if not name.startswith("local ")}
+            if not classes or classes - _NOT_TENSORS:
+                return True
+    return False
+
+
+def _asks_for_type(load: Load) -> bool:
+    """Whether it is `type`, but for `type(self)`."""
+    return load.kind == "global" and load.name == "type" and load.given != frozenset()
 
 
 def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
     """The name of code around the members that calls `type(...)`, None if there is none.
 
     Looks at the `forward` of the module and of everything below it but the members, and at
-    the functions that those name, as far as they are Python and outside of torch.
+    the functions that those name, as far as they are Python and outside of torch and of
+    Python's own library.
     """
-    pending, seen = [module], set()
+    pending: list[Any] = [module]
+    seen = set()
     while pending:
         current = pending.pop()
         pending.extend(child for child in current.children() if id(child) not in members)
-        if type(current) in seen:
-            continue
-        seen.add(type(current))
-        for function in _reachable(type(current).forward):
-            if "type" in globals_in(function.__code__):
-                return function.__qualname__
+        if type(current) not in seen:
+            cls: Any = type(current)
+            seen.add(cls)
+            asking = _what_asks_for_type(cls)
+            if asking is not None:
+                return asking
     return None
 
 
-def forward_asks_for_tensors(cls: type[nn.Module]) -> bool:
-    """Whether a class's `forward`, or a function it names, may ask if something is a tensor."""
-    return any(asks_for_tensors(function.__code__) for function in _reachable(cls.forward))
-
-
-def _reachable(method: Any) -> Iterator[FunctionType]:
-    """The function and those that it names, directly or not."""
-    pending, seen = [function_of(method)], set()
+@lru_cache(maxsize=4096)
+def _what_asks_for_type(cls: Any) -> str | None:
+    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(cls.forward)]
+    seen: set[FunctionType] = set()
     while pending:
-        function = pending.pop()
-        if function is None or function in seen or _is_of_torch(function):
+        function, owner = pending.pop()
+        package = (function.__module__ or "").partition(".")[0]
+        if function in seen or package in sys.stdlib_module_names:
             continue
         seen.add(function)
-        yield function
-        for name in globals_in(function.__code__):
-            pending.append(function_of(function.__globals__.get(name)))
-        for cell in function.__closure__ or ():
-            pending.append(function_of(_contents(cell)))
+        me = self_of(function) if owner is not None else ""
+        if any(map(_asks_for_type, loads_in(function.__code__, me))):
+            return function.__qualname__
+        pending += callees_of(function, owner)
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -175,38 +139,11 @@ class _Calls(ast.NodeVisitor):
         return isinstance(node.value, ast.Name) and node.value.id == self.me
 
 
-def names_of_forward(cls: type[nn.Module]) -> frozenset[str] | None:
-    """Names that a class's `forward` uses, itself or in what it calls.
-
-    Follows functions it names, its own methods, and `super()`. None where there is no Python.
-    """
-    pending = [function_of(cls.forward)]
-    if pending[0] is None:
-        return None
-    names: set[str] = set(names_in(pending[0].__code__))
-    seen: set[FunctionType] = set()
-    while pending:
-        for function in _reachable(pending.pop()):
-            if function in seen:
-                continue
-            seen.add(function)
-            names |= names_in(function.__code__)
-            for name in own_attributes_in(function.__code__):
-                pending.append(function_of(inspect.getattr_static(cls, name, None)))
-            if "super" in globals_in(function.__code__):
-                pending += [function_of(base.__dict__.get("forward")) for base in cls.__mro__]
-    return frozenset(names)
-
-
-def _is_of_torch(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] == "torch"
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+def is_reading_class(frame: FrameType) -> bool:
+    """Whether a frame is at `value.__class__`."""
+    instructions = dis.get_instructions(frame.f_code)
+    at = next((i for i in instructions if i.offset == frame.f_lasti), None)
+    return at is not None and at.opname == "LOAD_ATTR" and at.argval == "__class__"
 
 
 def types_asked_for(frame: FrameType) -> Any:

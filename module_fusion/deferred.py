@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .code import types_asked_for
+from .code import is_reading_class, types_asked_for
 from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
@@ -81,7 +81,8 @@ class CapturedCall:
         self.kwargs = kwargs
         self.tensors = weights
         self.context = context
-        self.versions: list[int] | None = None
+        self.versions: list[tuple[int, bool]] | None = None
+        self.copied: list[int] = []
         self.done = False
         self.value: Any = None
         if torch.compiler.is_dynamo_compiling():
@@ -95,7 +96,7 @@ class CapturedCall:
         for name in kwargs:
             _note(kwargs[name], weights)
         try:
-            self.versions = [tensor._version for tensor in weights]
+            self.versions = [(tensor._version, tensor.requires_grad) for tensor in weights]
         except RuntimeError:  # Inference tensors do not count their modifications.
             if not known:
                 # It may return its input or a view of it, and the copy would not be that.
@@ -103,10 +104,11 @@ class CapturedCall:
                     "has no weights and got an inference tensor, which it may return as it is"
                 ) from None
             self._copy_inputs(every=False)
+            self.copied = _storages((self.args, self.kwargs))
             if any(weight.is_inference() for weight in weights[:known]):
                 raise NotCapturableError("has a weight that is an inference tensor") from None
             self.tensors = [tensor for tensor in weights if not tensor.is_inference()]
-            self.versions = [tensor._version for tensor in self.tensors]
+            self.versions = [(tensor._version, tensor.requires_grad) for tensor in self.tensors]
 
     def _copy_inputs(self, every: bool) -> None:
         """Keep copies of the tensors whose modifications cannot be counted.
@@ -128,20 +130,32 @@ class CapturedCall:
             args = computed(self.args)
             kwargs = computed(self.kwargs)
             self.check_unmodified()
-            if not self._is_plain_still():
-                self._refuse_modified()
+            reason = self._why_not_plain_still()
+            if reason is not None:
+                self._refuse_changed(reason)
             now = calling_context()
             if now == self.context:
                 self.value = self.run(self.module, args, kwargs)
             else:
                 self.value = self._result_elsewhere(now, args, kwargs)
+            if self.copied:
+                self._check_no_alias(self.value)
             self.done = True
             self.args, self.kwargs, self.tensors = (), {}, []
         return self.value
 
+    def _check_no_alias(self, value: Any) -> None:
+        """Refuse a value that shares memory with the copy of an input instead of the input."""
+        if not set(self.copied).isdisjoint(_storages(value)):
+            raise DeferredUseError(
+                f"{self.path!r} returned a view of its input, which was copied because inference "
+                f"tensors do not count their modifications. Use torch.no_grad. "
+                f"{_way_out(self.path)}"
+            )
+
     def settle(self) -> None:
         """Compute the value while that is still possible."""
-        if not self.done and self._is_as_it_was() and self._is_plain_still():
+        if not self.done and self._is_as_it_was() and self._why_not_plain_still() is None:
             self.result()
 
     def check_unmodified(self) -> None:
@@ -155,23 +169,30 @@ class CapturedCall:
             return True
         if self.versions is None:
             return True
-        if [tensor._version for tensor in self.tensors] != self.versions:
+        now = [(tensor._version, tensor.requires_grad) for tensor in self.tensors]
+        if now != self.versions:
             return False
         form = self.origin.form
         return form is None or form.holds_same_weights(self.module, self.tensors[: self.weights])
 
-    def _is_plain_still(self) -> bool:
-        """Whether the module would compute now what it would have computed at its call."""
+    def _why_not_plain_still(self) -> str | None:
+        """Why the module may not compute now what it would have computed at its call."""
         form = self.origin.form
         if form is None or self.versions is None or torch.compiler.is_dynamo_compiling():
-            return True
-        return form.why_not_plain(self.module, "", []) is None
+            return None
+        return form.why_not_plain(self.module, "", [])  # type: ignore[no-any-return]
 
     def _refuse_modified(self) -> None:
         raise DeferredUseError(
             f"An input or a weight of {self.path!r} was modified in place or replaced after "
             f"the module was called and before its output was used, so the captured call would "
             f"see the new values. {_way_out(self.path)}"
+        )
+
+    def _refuse_changed(self, reason: str) -> None:
+        raise DeferredUseError(
+            f"{self.path!r} was changed after it was called and before its output was used: it"
+            f"{reason}. The captured call would run it as it is now. {_way_out(self.path)}"
         )
 
     def _result_elsewhere(self, now: Context, args: Any, kwargs: Any) -> Any:
@@ -230,15 +251,19 @@ class DeferredOutput:
         value = materialise(self)
         if not isinstance(value, Tensor):
             return type(value)
+        if is_reading_class(frame):
+            return type(value)
         asked = types_asked_for(frame)
         if asked is not None and all(map(_asks_in_python, _flat(asked))):
             return type(value) if isinstance(value, asked) else DeferredOutput
         path = self.__dict__["_captured_call"].path
         raise DeferredUseError(
-            f"The output of {path!r} went into compiled code, such as an autograd.Function, before "
-            f"it reached the fused module. It stands for a call that has not run, and compiled "
-            f"code would take it for a tensor. If this is a checkpoint around a part of the block, "
-            f"checkpoint the whole block, with use_reentrant=False. {_way_out(path)}"
+            f"The output of {path!r} went into compiled code, such as an autograd.Function, or "
+            f"into code that asks for its class in a way that cannot be read, before it reached "
+            f"the fused module (called from {frame.f_code.co_filename}:{frame.f_lineno}). It "
+            f"stands for a call that has not run, and compiled code would take it for a tensor. If "
+            f"this is a checkpoint around a part of the block, checkpoint the whole block, with "
+            f"use_reentrant=False. {_way_out(path)}"
         )
 
     @classmethod
@@ -268,19 +293,16 @@ class DeferredOutput:
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return materialise(self).__array__(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return materialise(self)(*args, **kwargs)
-
     def __dir__(self) -> Iterable[str]:
         return dir(materialise(self))
 
 
-def materialise(value: Any, inside: tuple[int, ...] = ()) -> Any:
+def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
     """The value with every `DeferredOutput` in it computed.
 
     Looks into tuples, lists, dicts and dataclasses, such as `ModelOutput`. Lists, dicts and
-    dataclasses keep their identity; what holds nothing deferred is returned as it is. `inside`
-    has the ids of the containers around the value.
+    dataclasses keep their identity; what holds nothing deferred is returned as it is. `seen`
+    has the containers that were looked into already, by id.
     """
     kind = type(value)
     if kind is Tensor:
@@ -292,26 +314,29 @@ def materialise(value: Any, inside: tuple[int, ...] = ()) -> Any:
     if kind in _IMMUTABLE or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple):
-        items = [materialise(item, inside) for item in value]
+        items = [materialise(item, seen) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    fields = getattr(kind, "__dataclass_fields__", None)
+    if not isinstance(value, (dict, list)) and fields is None:
+        return value
+    if seen is not None and id(value) in seen:
+        return value
+    seen = {} if seen is None else seen
+    seen[id(value)] = value
     if isinstance(value, (dict, list)):
-        if inside and id(value) in inside:
-            return value
-        inside = (*inside, id(value))
         for key in value if isinstance(value, dict) else range(len(value)):
             item = value[key]
-            real = materialise(item, inside)
+            real = materialise(item, seen)
             if real is not item:
                 value[key] = real
         return value
-    if hasattr(kind, "__dataclass_fields__"):
-        for name in kind.__dataclass_fields__:
-            item = getattr(value, name, None)
-            real = materialise(item, inside)
-            if real is not item:
-                object.__setattr__(value, name, real)
+    for name in fields or ():
+        item = getattr(value, name, None)
+        real = materialise(item, seen)
+        if real is not item:
+            object.__setattr__(value, name, real)
     return value
 
 
@@ -368,6 +393,16 @@ def _copied(value: Any, every: bool) -> Any:
     if kind is not DeferredOutput and kind not in _IMMUTABLE:
         raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
     return value
+
+
+def _storages(value: Any) -> list[int]:
+    """Where the tensors in a value are in memory."""
+    if isinstance(value, Tensor):
+        return [value.untyped_storage().data_ptr()] if value.numel() else []
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(items, (tuple, list, type({}.values()))):
+        return [where for item in items for where in _storages(item)]
+    return []
 
 
 def _refuse_in_autograd_function(call: CapturedCall) -> None:

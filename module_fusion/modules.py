@@ -12,12 +12,14 @@ import copyreg
 import functools
 import weakref
 from collections.abc import Mapping
+from inspect import Parameter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .bytecode import layers_of
 from .context import calling_context
 from .deferred import (
     CapturedCall,
@@ -51,10 +53,11 @@ class ModuleState:
         role: `RegistryCollector`, `FusedModule`, or None for a mere boundary.
         collects_for: number of chains that the module is a collector of.
         boundary: state of the module around the chains this module collects for.
-        holders: modules between that one and this one, weakly.
+        holders: modules between that one and this one, weakly; None in a copy that had some.
         boundary_of: number of chains whose deferred values must not leave this module.
         inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
+        plan: how the parameters of `forward` are fed, on a collector.
         returned: number of values that `forward` returned, None before it was called.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
@@ -73,10 +76,11 @@ class ModuleState:
         self.role: type[RegistryCollector] | type[FusedModule] | None = None
         self.collects_for = 0
         self.boundary: ModuleState | None = None
-        self.holders: tuple[weakref.ref[nn.Module], ...] = ()
+        self.holders: tuple[weakref.ref[nn.Module], ...] | None = ()
         self.boundary_of = 0
         self.inside: dict[int, list[weakref.ref[CapturedCall]]] = {}
         self.outputs = 1
+        self.plan: Any = None
         self.returned: int | None = None
         self.chain: Any = None
         self.armed = 0
@@ -89,7 +93,7 @@ class ModuleState:
         """What a copy starts from: it is armed again when its chain is complete."""
         fresh: dict[str, Any] = {
             "module": None,
-            "holders": (),
+            "holders": None if self.holders is None or self.holders else (),
             "inside": {},
             "armed": 0,
             "form": None,
@@ -306,8 +310,22 @@ def _swapped_class(
         cls = metaclass(name, (*mixins, original), namespace)
         assert cls is not None
         cls.__qualname__ = original.__qualname__ if role is None else name
+        _wrap_as_subclasses_are(cls, original)
         cls = _CLASSES.setdefault(key, cls)
     return cls
+
+
+def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:
+    """Where a base class wraps the `forward` of every subclass, have it wrap this one's.
+
+    The layers of transformers are checkpointed by such a wrapper, and only by the outermost.
+    """
+    wrapper = next(iter(layers_of(original.forward)), None)
+    for base in original.__mro__:
+        hook = getattr(base.__dict__.get("__init_subclass__"), "__func__", None)
+        if wrapper is not None and hook is not None and wrapper.__code__ in hook.__code__.co_consts:
+            hook(cls)
+            return
 
 
 def _guarded_forward(original: type[nn.Module]) -> Any:
@@ -385,19 +403,37 @@ def _captured_call(
     reason = why_not_under(context) or form.why_not_plain(module, state.name, weights)
     if reason is not None:
         return None, reason
+    if state.holders is None:
+        return None, f"{state.name} was copied; fuse the copy again to have its calls captured"
     for reference in state.holders:
         holder = reference()
         if holder is not None and has_hooks(holder):
             return None, f"a module around {state.name} has a hook"
-    if state.outputs > 1 and state.outputs != state.returned:
-        return None, f"{state.name} {_why_not_unpacked(state)}"
+    if state.outputs > 1:
+        reason = _why_not_unpacked(state, args, kwargs)
+        if reason is not None:
+            return None, f"{state.name} {reason}"
     try:
         return CapturedCall(call_as_itself, module, state, args, kwargs, weights, context), None
     except NotCapturableError as error:
         return None, f"{state.name} {error}"
 
 
-def _why_not_unpacked(state: ModuleState) -> str:
+def _why_not_unpacked(
+    state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why it is not certain how many values the call returns."""
     if state.returned is None:
         return "has to run once outside torch.compile, to see how many values it returns"
-    return f"returns {state.returned} values, its spec names {state.outputs} outputs"
+    if state.returned != state.outputs:
+        return f"returns {state.returned} values, its spec names {state.outputs} outputs"
+    values = state.plan.bind(args, kwargs)
+    left_out = isinstance(values, str) or any(
+        source is None and value is not Parameter.empty
+        for value, source in zip(values, state.plan.sources, strict=True)
+    )
+    return (
+        "got an argument that its spec leaves out, and may return other values"
+        if left_out
+        else None
+    )

@@ -12,32 +12,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .code import names_of_forward
 from .context import Context
+from .effects import Effect, effect_of
 
 ORIGINAL = "_fusion_original_class"
-_RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "rrelu")
-_RANDOM_NAMES = frozenset(
-    f"{name}{in_place}"
-    for name in (
-        "multinomial", "normal", "uniform", "exponential", "poisson", "binomial", "cauchy",
-        "geometric", "log_normal", "sample", "rsample",
-    )
-    for in_place in ("", "_")
-)  # fmt: skip
-
 # What `calling_context` gives outside of every mode, transform and trace.
 _USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)
 _USUAL_WITHOUT_GRAD = (False, *_USUAL[1:])
-
-Effects = Callable[[Any], bool]
 
 
 class _Part(NamedTuple):
@@ -47,7 +33,7 @@ class _Part(NamedTuple):
     parent: int
     key: str
     cls: type
-    effects: Effects | None
+    effect: Effect | None
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -61,7 +47,7 @@ class MemberForm:
 
     def __init__(self, member: nn.Module) -> None:
         self.parts: list[_Part] = []
-        self.home = original_of(type(member)).__module__.partition(".")[0]
+        self.home = original_of(type(member)).__module__
         self.foreign: str | None = None
         self._add(member, "", -1, "")
         classes = {original_of(part.cls) for part in self.parts if part.cls is not type(None)}
@@ -81,30 +67,33 @@ class MemberForm:
             for key, p in module._parameters.items()
         )
         cls = type(module)
-        effects = _effects(original_of(cls))
-        if effects is None and module._buffers and _writes(original_of(cls)):
-            effects = _always
-        if parent >= 0 and self.foreign is None:
+        effect = effect_of(module, original_of(cls))
+        if self.foreign is None:
             self.foreign = self._why_foreign(module, name)
-        self.parts.append(_Part(name, parent, key, cls, effects, len(module._modules), parameters))
+        self.parts.append(_Part(name, parent, key, cls, effect, len(module._modules), parameters))
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
 
     def _why_foreign(self, module: nn.Module, name: str) -> str | None:
-        """Why a kernel that knows the member may not know a module in it.
+        """Why a kernel that knows the member may not know this part of it.
 
-        Adapters and wrappers may be there already when the kernel takes its seat. Their classes
-        are neither torch's own layers nor from the library that the member is from.
+        Adapters and wrappers may be there already when the kernel takes its seat. What they
+        have in common: a weight that is computed, a layer inside, a class of another library,
+        or a torch layer whose `forward` was overridden.
         """
         cls = original_of(type(module))
-        if cls.__module__.startswith("torch.nn.modules."):
-            known = True
-        elif isinstance(inspect.getattr_static(cls, "weight", None), property):
+        holds_tensors = next(module.parameters(), None) is not None
+        holds_tensors = holds_tensors or next(module.buffers(), None) is not None
+        known = True
+        if (
+            isinstance(inspect.getattr_static(cls, "weight", None), property)
+            or "base_layer" in module._modules
+        ):
             known = False
-        elif any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-            known = cls.__module__.partition(".")[0] == self.home != "torch"
-        else:
-            known = True
+        elif name and holds_tensors and not cls.__module__.startswith("torch.nn.modules."):
+            known = _library(cls.__module__) == _library(self.home) != "torch"
+            if _overrides_layer_of_torch(cls):
+                known = known and _package(cls.__module__) == _package(self.home)
         if known and cls.__call__ is nn.Module.__call__:
             return None
         what = "calls in a way of its own" if known else "a kernel for the member may not know"
@@ -121,7 +110,7 @@ class MemberForm:
             if owner.forward is not forward or owner.__call__ is not call:
                 return f"{role} has a class whose forward was replaced, {owner.__name__}"
         modules: list[Any] = []
-        for name, parent, key, cls, effects, children, parameters in self.parts:
+        for name, parent, key, cls, effect, children, parameters in self.parts:
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
@@ -138,8 +127,8 @@ class MemberForm:
                 return f"{role}{name} has a hook"
             if "forward" in own:
                 return f"{role}{name} has an instance-level forward"
-            if effects is not None and effects(module):
-                return f"{role}{name} may draw random numbers or update buffers when it runs"
+            if effect is not None and effect.happens(module):
+                return f"{role}{name} {effect.what}"
             own_parameters = own["_parameters"]
             if len(own["_modules"]) != children or len(own_parameters) != len(parameters):
                 return f"{role}{name} has other children or parameters than before"
@@ -176,6 +165,19 @@ class MemberForm:
                 found += own["_buffers"].values()
         found = [tensor for tensor in found if tensor is not None]
         return len(found) == len(weights) and all(map(operator.is_, found, weights))
+
+
+def _library(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _package(module: str) -> str:
+    return module.rpartition(".")[0] or module
+
+
+def _overrides_layer_of_torch(cls: Any) -> bool:
+    layers = [base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+    return layers[0] is not nn.Module and cls.forward is not layers[0].forward
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -216,48 +218,6 @@ def why_not_under(context: Context) -> str | None:
     if global_hooks:
         return "a global module hook is registered"
     return "forward-mode AD is active" if forward_ad else None
-
-
-def _effects(cls: type[nn.Module]) -> Effects | None:
-    """Tells of a module of this class whether running it has an effect besides its output."""
-    if issubclass(cls, nn.modules.dropout._DropoutNd):
-        return _drops
-    if issubclass(cls, nn.modules.batchnorm._NormBase):
-        return _tracks
-    names = names_of_forward(cls)
-    return _always if names is None else _effects_of(names)
-
-
-@lru_cache(maxsize=4096)
-def _effects_of(names: frozenset[str]) -> Effects | None:
-    draws = any(name.startswith(_RANDOM_PREFIXES) for name in names) or names & _RANDOM_NAMES
-    drops = any("dropout" in name or "drop_path" in name for name in names)
-    if draws or (drops and "self.training" not in names):
-        return _always
-    # What asks whether it is training does something then that it does not do otherwise.
-    return _trains if "self.training" in names else None
-
-
-def _writes(cls: type[nn.Module]) -> bool:
-    """Whether the class's `forward` may write to a buffer: it calls something like `add_`."""
-    names = names_of_forward(cls) or frozenset()
-    return any(name.endswith("_") and not name.startswith("_") for name in names)
-
-
-def _always(module: Any) -> bool:
-    return True
-
-
-def _trains(module: Any) -> bool:
-    return bool(module.training)
-
-
-def _drops(module: Any) -> bool:
-    return bool(module.training and module.p > 0)
-
-
-def _tracks(module: Any) -> bool:
-    return bool(module.training and module.track_running_stats)
 
 
 def _names(now: type, before: type) -> str:

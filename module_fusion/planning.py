@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bytecode import function_of
 from .chain import Chain
 from .code import (
     call_order,
     code_that_asks_for_type,
-    forward_asks_for_tensors,
-    function_of,
 )
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found
@@ -91,12 +90,7 @@ def make_jobs(
         existing = _existing(group, chain)
         alike = (key, boundary and original_class(boundary[1]))
         speculation = speculations.setdefault(alike, Speculation())
-        holders = _holders(modules, boundary, group)
-        around = [boundary[1]] if boundary is not None else []
-        for module in (*around, *(holder for each in holders for holder in each)):
-            # Their code runs already when a member is called, and is not traced since.
-            if forward_asks_for_tensors(original_class(module)):
-                speculation.holds = False
+        holders = _holders(modules, places, boundary, group)
         is_fused = existing is not None
         job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
         jobs.setdefault(tuple(map(id, group.modules)), job)
@@ -203,17 +197,20 @@ def _boundary(
 
 
 def _holders(
-    modules: Mapping[str, nn.Module], boundary: tuple[str, nn.Module] | None, group: Group
+    modules: Mapping[str, nn.Module],
+    places: Mapping[int, list[str]],
+    boundary: tuple[str, nn.Module] | None,
+    group: Group,
 ) -> list[list[nn.Module]]:
-    """For each collector, the modules between the boundary and it."""
+    """For each collector, the modules between the boundary and it, wherever it is."""
     if boundary is None:
         return [[] for _ in group.modules[:-1]]
+    depth = len(boundary[0].split(".")) if boundary[0] else 0
     holders = []
-    for path in group.paths[:-1]:
-        segments = path.split(".")
-        around = [".".join(segments[:length]) for length in range(len(segments))]
-        depth = len(boundary[0])
-        holders.append([modules[p] for p in around if len(p) > depth and p.startswith(boundary[0])])
+    for member in group.modules[:-1]:
+        segments = [path.split(".") for path in places[id(member)]]
+        paths = {".".join(s[:end]): None for s in segments for end in range(depth + 1, len(s))}
+        holders.append([modules[path] for path in paths])
     return holders
 
 

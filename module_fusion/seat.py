@@ -106,7 +106,8 @@ class FusedKernel(nn.Module):
             return reason
         needs_backward = not can["has_backward"] and torch.is_grad_enabled()
         if needs_backward and any(tensor.requires_grad for tensor in (*tensors, *weights)):
-            return "gradients are needed and the kernel has no backward"
+            what = "has no backward" if can["is_known"] else "is not known to have a backward"
+            return f"gradients are needed and the kernel {what}"
         return None
 
     def extra_repr(self) -> str:
@@ -228,6 +229,7 @@ def _capabilities(function: Any) -> dict[str, bool]:
 
     layers = [c for c in _CACHED_LAYER.values() if getattr(c, "forward", None) is function]
     return {
+        "is_known": bool(layers),
         "has_backward": _all_declare(layers, "has_backward", True),
         "can_torch_compile": _all_declare(layers, "can_torch_compile", False),
     }

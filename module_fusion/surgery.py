@@ -87,6 +87,20 @@ def fuse_modules(
         >>> block.mlp
         Linear(in_features=8, out_features=8, bias=True)
     """
+    result, _ = _fuse(model, modules, specs, kernel, mode, device, use_fallback)
+    return result
+
+
+def _fuse(
+    model: nn.Module,
+    modules: Sequence[str] | Mapping[str, str],
+    specs: Sequence[ModuleSpec] | None = None,
+    kernel: str | None = None,
+    mode: Mode | None = None,
+    device: str | torch.device | None = None,
+    use_fallback: bool = True,
+) -> tuple[FusionReport, list[Callable[[], None]]]:
+    """Fuse; also returns how to give chains that were fused before their kernels back."""
     _check_arguments(model, kernel, mode)
     roles, paths = roles_and_paths(modules)
     groups, skipped = find_groups(model, paths)
@@ -94,18 +108,24 @@ def fuse_modules(
     new = [job for job in jobs if not job.is_fused]
     check_no_overlap(new)
     undo: list[Callable[[], None]] = []
+    kernels_before: list[Callable[[], None]] = []
     try:
         for job in new:
             _apply(job, undo)
         if kernel is not None:
             for job in jobs:
-                _kernelize(job, model, mode, device, use_fallback, undo)
+                restore = _restorer_of_kernel(job)
+                undo.append(restore)
+                if job.is_fused:
+                    kernels_before.append(restore)
+                _kernelize(job, model, mode, device, use_fallback)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
     rows = [row_of(job.found(), "already fused" if job.is_fused else "fused") for job in jobs]
-    return FusionReport(rows + [GroupReport("skipped", reason=text) for text in skipped])
+    report = FusionReport(rows + [GroupReport("skipped", reason=text) for text in skipped])
+    return report, kernels_before
 
 
 def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:
@@ -158,12 +178,14 @@ def fused(
     """
     before = chains_in(model) if isinstance(model, nn.Module) else []
     known = {id(found.chain) for found in before}
-    result = fuse_modules(model, modules, specs, **options)
+    result, kernels_before = _fuse(model, modules, specs, **options)
     mine = [found for found in chains_in(model) if id(found.chain) not in known]
     try:
         yield result
     finally:
         _undo_chains(model, [found for found in mine if state_of(found.last) is found.state], [])
+        for restore in kernels_before:
+            restore()
 
 
 def report(model: nn.Module) -> FusionReport:
@@ -206,7 +228,7 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         if member is members[-1]:
             state.role, state.chain = FusedModule, job.chain
         else:
-            state.role, state.outputs = RegistryCollector, plan.outputs
+            state.role, state.outputs, state.plan = RegistryCollector, plan.outputs, plan
             state.speculation = job.speculation
             state.collects_for += 1
         set_class(member, state)
@@ -241,15 +263,7 @@ def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:
     return restore
 
 
-def _kernelize(
-    job: Job,
-    model: nn.Module,
-    mode: Mode | None,
-    device: str | torch.device | None,
-    use_fallback: bool,
-    undo: list[Callable[[], None]],
-) -> None:
-    """Let the `kernels` library fill this chain's seat, and nothing else."""
+def _restorer_of_kernel(job: Job) -> Callable[[], None]:
     seat = job.chain.seat
     assert seat is not None
     before = seat.__dict__.get("forward")
@@ -260,7 +274,19 @@ def _kernelize(
         elif "forward" in seat.__dict__:
             del seat.forward
 
-    undo.append(restore)
+    return restore
+
+
+def _kernelize(
+    job: Job,
+    model: nn.Module,
+    mode: Mode | None,
+    device: str | torch.device | None,
+    use_fallback: bool,
+) -> None:
+    """Let the `kernels` library fill this chain's seat, and nothing else."""
+    seat = job.chain.seat
+    assert seat is not None
     try:
         kernelize(
             seat,

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .code import asks_for_tensors, function_of
+from .bytecode import function_of
+from .code import asks_for_tensors
 
 _HERE = os.path.dirname(__file__)
 _TORCH = os.path.dirname(torch.__file__)
@@ -71,14 +72,19 @@ def _give_up(ctx: Any) -> None:
 def _check_place(ctx: Any) -> None:
     """Captured calls stay in the forward of the module around them, and out of the kernel.
 
-    A kernel that calls the members is traced as the members.
+    What runs between that forward and the call must not ask for tensors later, and a kernel
+    that calls the members is traced as the members.
     """
     forward = function_of(_variable(ctx, "boundary").value.original.forward)
     tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    if getattr(getattr(tx, "symbolic_torch_function_state", None), "mode_stack", None):
+        _give_up(ctx)
     inside = False
     while tx is not None:
         code = tx.f_code
         if code.co_name == "run_kernel" and code.co_filename.startswith(_HERE):
+            _give_up(ctx)
+        if not inside and asks_for_tensors(code) and not code.co_filename.startswith(_TRUSTED):
             _give_up(ctx)
         # After a graph break the rest of a function is traced as a function of its own.
         inside = inside or forward is None or _is_part_of(code, forward.__code__)

@@ -458,7 +458,6 @@ def test_the_same_call_after_one_block_was_taken_back_fuses_that_block() -> None
     [
         (["layers.*.norm"], "RegistryCollector[Norm]"),
         (["layers.*.mlp"], "FusedModule[Mlp]"),
-        (["layers.*.mlp", "layers.*.norm"], "FusedModule[Mlp]"),
     ],
 )
 def test_another_chain_over_fused_members_is_refused(paths: list[str], member: str) -> None:
@@ -471,6 +470,18 @@ def test_another_chain_over_fused_members_is_refused(paths: list[str], member: s
         lambda: fuse_modules(model, paths),
         f"{path!r} belongs to another chain: it is a {member}. Take that one back first: "
         f"unfuse_modules(model, [{path!r}]).",
+    )
+
+
+@pytest.mark.parametrize("kernel", [None, "Kernel"])
+def test_modules_that_are_not_called_in_the_order_given_are_refused(kernel: str | None) -> None:
+    model = Model(2)
+    refused(
+        SpecMismatchError,
+        model,
+        lambda: fuse_modules(model, ["layers.*.mlp", "layers.*.norm"], kernel=kernel),
+        "'layers.0.norm' runs before 'layers.0.mlp': Block.forward calls self.norm first. Give "
+        "the modules in the order in which they run: [..., 'layers.0.norm', 'layers.0.mlp', ...].",
     )
 
 

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from module_fusion import fuse_modules, report, unfuse_modules
+from module_fusion import SpecMismatchError, fuse_modules, report, unfuse_modules
 from module_fusion.seat import FusedKernel
 from module_fusion.spec import forward_signature, infer_specs, make_plan
 
@@ -205,16 +205,28 @@ def sibling_pairs(model: nn.Module) -> list[Pair]:
     return list(pairs)
 
 
-def pairs_of_all() -> Iterator[Any]:
+def runs_backwards(model: nn.Module, pair: Pair) -> bool:
+    """Whether fusing the pair is refused, because its modules run in the other order."""
+    try:
+        fuse_modules(model, list(pair))
+    except SpecMismatchError as error:
+        return "in the order in which they run" in str(error)
+    unfuse_modules(model)
+    return False
+
+
+def pairs_of_all(backwards: bool) -> Iterator[Any]:
     """The pairs of every architecture; a model on the meta device costs no memory or time."""
     for name, architecture in ARCHITECTURES.items():
         with torch.device("meta"):
             model = architecture.model(architecture.config(**architecture.sizes))
         for norm, mlp in sibling_pairs(model):
-            yield pytest.param(name, (norm, mlp), id=f"{name}-{norm}-{mlp.rpartition('.')[2]}")
+            if runs_backwards(model, (norm, mlp)) == backwards:
+                yield pytest.param(name, (norm, mlp), id=f"{name}-{norm}-{mlp.rpartition('.')[2]}")
 
 
-PAIRS = list(pairs_of_all())
+PAIRS = list(pairs_of_all(backwards=False))
+BACKWARDS = list(pairs_of_all(backwards=True))
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.model.can_generate()]
 
 # An output that is materialised after its siblings ran enters the graph of autograd later than
@@ -225,6 +237,19 @@ SUMMED_IN_ANOTHER_ORDER = [
 ]
 # The norm's output is the MLP's input and the next residual, and the two have different parents.
 POST_NORM = ("bert.encoder.layer.*.attention.output.LayerNorm", "bert.encoder.layer.*.intermediate")
+
+
+@pytest.mark.parametrize(("name", "pair"), BACKWARDS)
+def test_a_pair_that_is_refused_as_backwards_does_run_in_the_other_order(
+    name: str, pair: Pair
+) -> None:
+    model = build(name)
+    calls: list[str] = []
+    for path in pair:
+        module = model.get_submodule(path.replace("*", "0"))
+        module.register_forward_pre_hook(lambda module, args, path=path: calls.append(path))
+    outputs(model, inputs_of(name, model))
+    assert calls == [pair[1], pair[0]]
 
 
 def build(name: str, device: str = "cpu", dropout: float | None = None) -> nn.Module:

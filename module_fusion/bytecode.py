@@ -1,0 +1,216 @@
+"""What Python functions load, call and store, read from their bytecode."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+UNKNOWN = object()
+_SILENT = ("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "PUSH_NULL", "RESUME")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+_CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
+_SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
+
+
+class Load(NamedTuple):
+    """A name that code loads, and the attributes it takes of it at once: `F`, `("silu",)`.
+
+    Attributes:
+        kind: `"global"`; `"closure"`; `"own"`, for attributes of `self`; `"super"`; `"import"`;
+            `"value"`, for attributes of anything else.
+        name: the global or the variable, "" for the other kinds.
+        attributes: taken one after the other.
+        given: names that are loaded for the arguments of its call, `self` aside; None where
+            it is not called then and there.
+    """
+
+    kind: str
+    name: str
+    attributes: tuple[str, ...]
+    given: frozenset[str] | None
+
+
+class Store(NamedTuple):
+    """What code stores in place: `kind` is `"own"`, `"attribute"`, `"item"`, `"global"` or
+    `"local"`, the last for an augmented assignment."""
+
+    kind: str
+    name: str
+
+
+@lru_cache(maxsize=4096)
+def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
+    """Everything the code and the functions in it load; `me` is the name of `self`, if any."""
+    found: list[Load] = []
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _SILENT]
+    chain: tuple[str, str, list[str]] | None = None
+    for index, instruction in enumerate([*instructions, None]):
+        if instruction is not None and instruction.opname in _ATTRIBUTE:
+            chain = chain or ("value", "", [])
+            chain[2].append(instruction.argval)
+            continue
+        if chain is not None:
+            kind, name, attributes = chain
+            if name or attributes:
+                given = _given(instructions[index - 1 :], me)
+                found.append(Load(kind, name, tuple(attributes), given))
+        chain = None if instruction is None else _begun(instruction, me)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found += loads_in(constant, me)
+    return tuple(found)
+
+
+def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] | None:
+    operation, value = instruction.opname, instruction.argval
+    if operation in _GLOBAL:
+        return "global", value, []
+    if operation == "IMPORT_NAME":
+        return "import", value, []
+    if operation in _SUPER:
+        return "super", "", [value]
+    if operation in _CLOSURE or operation.startswith("LOAD_FAST"):
+        name = value[-1] if isinstance(value, tuple) else value
+        if name == me:
+            return "own", "", []
+        return ("closure", name, []) if operation in _CLOSURE else ("value", "", [])
+    return None
+
+
+def _given(instructions: list[dis.Instruction], me: str) -> frozenset[str] | None:
+    """What is loaded to call what the first instruction loaded: `self.training`, `tuple`."""
+    depth, names, previous = 0, set(), ""
+    for instruction in instructions[1:]:
+        operation, value = instruction.opname, instruction.argval
+        if operation in _ATTRIBUTE:
+            names.add(f"self.{value}" if previous == me else value)
+        elif operation.startswith("LOAD_") and isinstance(value, str) and value != me:
+            names.add(value if operation in _GLOBAL else f"local {value}")
+        previous = value[-1] if isinstance(value, tuple) and value else value
+        depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+        if operation.startswith("CALL") and depth <= 0:
+            return frozenset(names)
+        if depth < 0:
+            break
+    return None
+
+
+@lru_cache(maxsize=4096)
+def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
+    """What the code and the functions in it write to, other than their own variables."""
+    found: list[Store] = []
+    previous: Any = None
+    in_place = False
+    for instruction in dis.get_instructions(code):
+        operation = instruction.opname
+        if operation in _SILENT:
+            continue
+        in_place = in_place or operation.startswith("INPLACE_")
+        in_place = in_place or (operation == "BINARY_OP" and instruction.argrepr.endswith("="))
+        if operation in ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"):
+            found.append(Store("item", ""))
+        elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            found.append(Store("global", instruction.argval))
+        elif operation in ("STORE_ATTR", "DELETE_ATTR"):
+            own = previous == me or (in_place and _is_own(instruction.argval, code, me))
+            found.append(Store("own" if own else "attribute", instruction.argval))
+        elif operation.startswith("STORE_") and in_place:
+            found.append(Store("local", str(instruction.argval)))
+        in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
+        value = instruction.argval if operation.startswith("LOAD_") else None
+        previous = value[-1] if isinstance(value, tuple) and value else value
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found += stores_in(constant, me)
+    return tuple(found)
+
+
+def _is_own(name: str, code: CodeType, me: str) -> bool:
+    return any(load.kind == "own" and load.attributes[:1] == (name,) for load in loads_in(code, me))
+
+
+def callees_of(
+    function: FunctionType, cls: type | None
+) -> Iterator[tuple[FunctionType, type | None]]:
+    """The functions that a function names, and for methods the class they are called on."""
+    for load in loads_in(function.__code__, self_of(function) if cls is not None else ""):
+        name = load.attributes[0] if load.attributes else ""
+        if load.kind == "own" and cls is not None:
+            yield from ((method, cls) for method in methods_of(cls, name))
+        elif load.kind in ("value", "super") and cls is not None and uses_super(function):
+            for base in cls.__mro__[1:]:
+                yield from ((method, cls) for method in layers_of(base.__dict__.get(name)))
+        elif load.kind in ("global", "closure"):
+            value, _ = resolved(load, function)
+            yield from ((layer, None) for layer in layers_of(value))
+
+
+def resolved(load: Load, function: FunctionType) -> tuple[Any, tuple[str, ...]]:
+    """The value of a global or closure with its attributes taken as far as modules and classes go.
+
+    Returns:
+        The value, `UNKNOWN` if there is none, and the attributes that are left.
+    """
+    if load.kind == "closure":
+        value = value_of_closure(function, load.name)
+    else:
+        value = function.__globals__.get(load.name, getattr(builtins, load.name, UNKNOWN))
+    attributes = load.attributes
+    while attributes and isinstance(value, (ModuleType, type)):
+        value, attributes = getattr(value, attributes[0], UNKNOWN), attributes[1:]
+    return value, attributes
+
+
+def uses_super(function: FunctionType) -> bool:
+    return "super" in function.__code__.co_names or "__class__" in function.__code__.co_freevars
+
+
+def self_of(function: FunctionType) -> str:
+    """The name of a method's first parameter."""
+    return function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
+
+
+def function_of(method: Any) -> FunctionType | None:
+    """The Python function below decorators, None if there is none."""
+    while hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    return method if isinstance(method, FunctionType) else None
+
+
+def layers_of(method: Any) -> list[FunctionType]:
+    """The Python function and those of its decorators that are not torch's."""
+    layers = []
+    while method is not None:
+        if isinstance(method, FunctionType) and not is_of_torch(method):
+            layers.append(method)
+        method = getattr(method, "__wrapped__", None)
+    return layers
+
+
+def is_of_torch(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def value_of_closure(function: FunctionType, name: str) -> Any:
+    """What a variable of an enclosing function holds now, None if nothing."""
+    names = function.__code__.co_freevars
+    if name not in names or function.__closure__ is None:
+        return None
+    try:
+        return function.__closure__[names.index(name)].cell_contents
+    except ValueError:
+        return None
+
+
+def methods_of(cls: type, name: str) -> list[FunctionType]:
+    """The functions a class may run for `self.name`: a method, or a property's getter."""
+    value = inspect.getattr_static(cls, name, None)
+    value = value.fget if isinstance(value, property) else value
+    value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+    return layers_of(value)

@@ -1,0 +1,346 @@
+"""Whether running a module has an effect besides its output, as far as its code tells.
+
+A member whose call is captured runs later or not at all. That must not be seen: so a member
+is captured only if its code, read down to the operations of torch, draws no random numbers
+and writes to no tensor. What cannot be read counts as an effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import operator
+import types
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .bytecode import (
+    Load,
+    function_of,
+    is_of_torch,
+    layers_of,
+    loads_in,
+    methods_of,
+    resolved,
+    self_of,
+    stores_in,
+    uses_super,
+)
+
+_RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manual_seed")
+_RANDOM_NAMES = frozenset(
+    (
+        "multinomial", "normal", "uniform", "exponential", "poisson", "binomial", "cauchy",
+        "geometric", "log_normal", "sample", "rsample", "seed",
+    )
+)  # fmt: skip
+# Functions that draw or update only when they are told that they train.
+_TRAINED = ("dropout", "rrelu", "batch_norm", "instance_norm")
+# They drop at random, depend on settings, call what they are given, or act on the graph.
+_UNREADABLE = frozenset(
+    (
+        "scaled_dot_product_attention", "multi_head_attention_forward", "checkpoint", "compile",
+        "mark_dirty", "apply", "call_function", "backward", "register_hook", "retain_grad",
+        "numpy", "ops",
+        "register_post_accumulate_grad_hook", "embedding_bag", "set_default_dtype",
+        "set_default_device", "set_grad_enabled", "save", "load",
+    )
+)  # fmt: skip
+_PURE_BUILTINS = frozenset(
+    (
+        "len", "range", "int", "float", "bool", "complex", "str", "bytes", "tuple", "list", "dict",
+        "set", "frozenset", "isinstance", "issubclass", "type", "min", "max", "sum", "abs", "round",
+        "zip", "enumerate", "map", "filter", "any", "all", "hasattr", "super", "slice", "reversed",
+        "sorted", "repr", "format", "callable", "divmod", "pow", "property", "NotImplemented",
+    )
+)  # fmt: skip
+_PURE_MODULES = (math.__name__, operator.__name__, "_operator", "typing", "collections.abc")
+_READING = frozenset(("get", "items", "keys", "values", "index", "count", "copy"))
+_OF_MODULES = frozenset(
+    ("parameters", "named_parameters", "buffers", "children", "modules", "get_parameter")
+)
+_DATA: tuple[Any, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    torch.dtype,
+    torch.device,
+)
+_DATA += (torch.layout, torch.memory_format, torch.Size)
+
+
+class Effect(NamedTuple):
+    """An effect: what it is, for the report, and whether it happens at a module's next call."""
+
+    what: str
+    happens: Callable[[Any], bool]
+
+
+class _Findings(NamedTuple):
+    """What the code of a function and all it calls does."""
+
+    always: str | None
+    in_training: str | None
+    own: frozenset[tuple[str, ...]]
+    stored: frozenset[str]
+
+
+# A call that is told whether to train: by its module, or by a caller who is told.
+_TOLD = {"self.training", "local training"}
+_NOTHING = _Findings(None, None, frozenset(), frozenset())
+
+
+def effect_of(module: nn.Module, cls: Any) -> Effect | None:
+    """The effect of running a module as an instance of this class, None if there is none."""
+    forward = function_of(cls.forward)
+    if forward is None:
+        return Effect("runs code that is not Python", _always)
+    if is_of_torch(forward):
+        return _effect_in_torch(module, cls, forward)
+    found = _of_method(cls, "forward")
+    what = found.always or _what_own_does(module, cls, found, set())
+    if what is not None:
+        return Effect(what, _always)
+    return Effect(found.in_training, _trains) if found.in_training else None
+
+
+def _effect_in_torch(
+    module: nn.Module, cls: type[nn.Module], forward: types.FunctionType
+) -> Effect | None:
+    if getattr(module, "inplace", False) is not False:
+        return Effect("writes to its input", _always)
+    if issubclass(cls, nn.modules.dropout._DropoutNd):
+        return Effect("draws random numbers", _drops)
+    if issubclass(cls, nn.modules.batchnorm._NormBase):
+        return Effect("updates its buffers", _tracks)
+    if not (forward.__module__ or "").startswith("torch.nn.modules."):
+        return Effect(f"runs {forward.__qualname__}, which it is not known what it does", _always)
+    if getattr(module, "max_norm", None) is not None:
+        return Effect("writes to its weight", _always)
+    name = forward.__qualname__.partition(".")[0]
+    if name.startswith(("RReLU", "Transformer", "MultiheadAttention", "RNN", "LSTM", "GRU")):
+        return Effect("draws random numbers", _trains)
+    return Effect("draws random numbers", _always) if name.startswith("Fractional") else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_method(cls: Any, name: str) -> _Findings:
+    return _merged([_of_function(f, cls, True, ()) for f in methods_of(cls, name)])
+
+
+def _merged(findings: list[_Findings]) -> _Findings:
+    return _Findings(
+        next((f.always for f in findings if f.always), None),
+        next((f.in_training for f in findings if f.in_training), None),
+        frozenset().union(*(f.own for f in findings)),
+        frozenset().union(*(f.stored for f in findings)),
+    )
+
+
+def _of_function(
+    function: types.FunctionType, cls: type | None, is_method: bool, around: tuple[Any, ...]
+) -> _Findings:
+    """What a function does, as a method of a class or by itself."""
+    if function in around:
+        return _NOTHING
+    around = (*around, function)
+    me = self_of(function) if is_method else ""
+    found = [_of_stores(function, me)]
+    if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
+        found.append(_NOTHING._replace(always=f"runs {function.__qualname__} bit by bit"))
+    for load in loads_in(function.__code__, me):
+        found.append(_of_load(load, function, cls, around))
+    return _merged(found)
+
+
+def _of_stores(function: types.FunctionType, me: str) -> _Findings:
+    stores = stores_in(function.__code__, me)
+    stored = frozenset(store.name for store in stores if store.kind == "own")
+    if any(store.kind != "own" for store in stores):
+        what = f"may write to a tensor, in {function.__qualname__}"
+        return _NOTHING._replace(always=what, stored=stored)
+    return _NOTHING._replace(stored=stored)
+
+
+def _of_load(
+    load: Load, function: types.FunctionType, cls: type | None, around: tuple[Any, ...]
+) -> _Findings:
+    if load.kind == "import":
+        return _NOTHING._replace(always=f"imports {load.name} when it runs")
+    if load.kind == "own":
+        return _of_own(load, cls, around)
+    bases = cls.__mro__[1:] if cls is not None and uses_super(function) else ()
+    if load.kind in ("value", "super"):
+        found = []
+        for name in load.attributes[:1]:
+            for base in bases:
+                methods = layers_of(base.__dict__.get(name))
+                found += [_of_function(method, cls, True, around) for method in methods]
+        rest = load.attributes[1:] if found or load.kind == "super" else load.attributes
+        return _merged([*found, *map(_of_attribute, rest)])
+    value, attributes = resolved(load, function)
+    text = ".".join((load.name, *load.attributes))
+    found = [_of_value(value, text, bool(_TOLD & (load.given or set())), around)]
+    return _merged([*found, *map(_of_attribute, attributes)])
+
+
+def _of_own(load: Load, cls: type | None, around: tuple[Any, ...]) -> _Findings:
+    name = load.attributes[0] if load.attributes else ""
+    if name == "training":
+        return _NOTHING._replace(in_training="does something else in training")
+    methods = methods_of(cls, name) if cls is not None and name else []
+    if methods:
+        found = [_of_function(method, cls, True, around) for method in methods]
+        return _merged([*found, *map(_of_attribute, load.attributes[1:])])
+    return _NOTHING._replace(own=frozenset([load.attributes] if name else []))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_attribute(name: str) -> _Findings:
+    """What it does to take this attribute of a tensor or a container, and to call it."""
+    what = _what_by_name(name)
+    kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx)
+    if what is None and not any(hasattr(kind, name) for kind in kinds):
+        what = f"uses {name!r} of a value, and it is not known what that does"
+    return _NOTHING._replace(always=what)
+
+
+def _what_by_name(name: str) -> str | None:
+    if name.startswith(_RANDOM_PREFIXES) or name.rstrip("_") in _RANDOM_NAMES:
+        return f"may draw random numbers, in {name}"
+    if name.endswith("_") and not name.startswith("__"):
+        return f"may write to a tensor, in {name}"
+    return f"uses {name}, and it is not known what that does" if name in _UNREADABLE else None
+
+
+def _of_value(value: Any, text: str, training: bool, around: tuple[Any, ...]) -> _Findings:
+    """What it does to use this value, and to call it."""
+    name = getattr(value, "__name__", "")
+    unknown = _NOTHING._replace(always=f"uses {text}, and it is not known what that does")
+    if isinstance(value, (*_DATA, logging.Logger, types.ModuleType)):
+        return _NOTHING
+    if isinstance(value, functools.partial):
+        value = (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, tuple):
+        return _merged([_of_value(item, text, training, around) for item in value])
+    if _is_operation(value):
+        if any(part in name for part in _TRAINED):
+            what = f"may draw random numbers or update buffers, in {name}"
+            return _Findings(None if training else what, what, frozenset(), frozenset())
+        return _NOTHING._replace(always=_what_by_name(name))
+    owner = getattr(value, "__self__", None)
+    if name == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return _of_method(owner, "forward")
+    if isinstance(value, types.FunctionType):
+        found = _merged([_of_function(f, None, False, around) for f in layers_of(value)])
+        if training and "training" in inspect.signature(value).parameters:
+            return found._replace(always=None, in_training=found.in_training or found.always)
+        return found._replace(always=found.always or found.in_training)
+    if isinstance(value, type):
+        pure = issubclass(value, (BaseException, tuple, Tensor)) or is_of_torch(value)
+        return _NOTHING if pure or value.__name__ in _PURE_BUILTINS else unknown
+    if isinstance(value, types.BuiltinFunctionType):
+        pure = name in _PURE_BUILTINS or value.__module__ in _PURE_MODULES
+        return _NOTHING if pure else unknown
+    return _NOTHING if (type(value).__module__ or "") in ("typing", "types") else unknown
+
+
+def _is_operation(value: Any) -> bool:
+    """Whether it is a function of torch."""
+    if isinstance(value, types.FunctionType):
+        return is_of_torch(value)
+    if not isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType)):
+        return False
+    return is_of_torch(value) or "_VariableFunctions" in value.__qualname__
+
+
+def _what_own_does(
+    module: nn.Module, cls: Any, found: _Findings, seen: set[tuple[int, str]]
+) -> str | None:
+    """What the attributes do that the code takes of this very module."""
+    own = module.__dict__
+    tensors = own["_parameters"].keys() | own["_buffers"].keys() | own["_modules"].keys()
+    written = next((name for name in sorted(found.stored) if name in tensors), None)
+    if written is not None:
+        return f"may write to its {written}"
+    for name, *rest in found.own:
+        value = _attribute_of(module, cls, name)
+        what: str | None = None
+        if isinstance(value, nn.Module):
+            what = _what_child_does(value, rest, seen)
+        elif isinstance(value, Tensor):
+            what = _merged([*map(_of_attribute, rest)]).always
+        elif isinstance(value, (dict, list, set)):
+            items = value.values() if isinstance(value, dict) else value
+            readable = set(rest) <= _READING and not any(map(callable, items))
+            what = None if readable else f"uses its {name}, and it is not known what that does"
+        elif rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
+            plain = len(rest) == 1 and isinstance(vars_of(value).get(rest[0]), _DATA)
+            what = None if plain else f"uses its {name}, and it is not known what that does"
+        else:
+            what = _of_value(value, f"its {name}", False, ()).always
+        if what is not None:
+            return what
+    return None
+
+
+def _what_child_does(
+    child: nn.Module, attributes: list[str], seen: set[tuple[int, str]]
+) -> str | None:
+    """What it does to take attributes of a child; its own call is looked at with the child."""
+    if not attributes or attributes[0] == "forward" or (id(child), attributes[0]) in seen:
+        return None
+    seen.add((id(child), attributes[0]))
+    cls: Any = type(child)
+    name, *rest = attributes
+    methods = methods_of(cls, name)
+    if methods:
+        found = _of_method(cls, name)
+        return found.always or found.in_training or _what_own_does(child, cls, found, seen)
+    if function_of(inspect.getattr_static(cls, name, None)) is not None and name not in _OF_MODULES:
+        return f"uses {name!r} of a module, and it is not known what that does"
+    value = _attribute_of(child, cls, name)
+    if isinstance(value, nn.Module):
+        return _what_child_does(value, rest, seen)
+    return _merged([*map(_of_attribute, rest)]).always
+
+
+def _attribute_of(module: nn.Module, cls: type, name: str) -> Any:
+    own = module.__dict__
+    for place in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+        if name in place:
+            return place[name]
+    return inspect.getattr_static(cls, name, None)
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """The instance attributes of an object, {} where it has none."""
+    own = getattr(value, "__dict__", {})
+    return own if isinstance(own, dict) else {}
+
+
+def _always(module: Any) -> bool:
+    return True
+
+
+def _trains(module: Any) -> bool:
+    return bool(module.training)
+
+
+def _drops(module: Any) -> bool:
+    return bool(module.training and module.p > 0)
+
+
+def _tracks(module: Any) -> bool:
+    return bool(module.training and module.track_running_stats)
