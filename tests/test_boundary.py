@@ -223,21 +223,21 @@ def test_after_an_exception_a_member_called_by_hand_gives_a_real_tensor(x: Tenso
 
 
 def test_a_dropped_value_is_freed_without_the_garbage_collector(x: Tensor) -> None:
+    seen: list[Any] = []
+
     def forward(self: Any, x: Tensor) -> None:
         captured = x * 1
         alive = weakref.ref(captured)
         gc.disable()
-        try:
-            value = self.norm(captured)
-            assert self.norm.calls == 0
-            del captured, value
-            assert alive() is None
-        finally:
-            gc.enable()
+        value = self.norm(captured)
+        del captured, value
+        seen.extend([self.norm.calls, alive()])
+        gc.enable()
 
     model = model_of(forward, x.device)
     fuse(model)
     model(x)
+    assert seen == [0, None]
 
 
 class Wrapper(nn.Module):
