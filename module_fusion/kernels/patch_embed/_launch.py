@@ -41,23 +41,24 @@ def output(
 ) -> Tensor:
     """`(batch, channels, *size)` → `(batch, embed_dim, *grid)`."""
     grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
-    rows, columns = x.size(0) * math.prod(grid), weight.size(0)
+    count, columns = math.prod(grid), weight.size(0)
+    rows = x.size(0) * count
     weight_NK = weight.view(columns, -1)
     with _on(x.device):
         gather, width = _readable(_image(x, patch), weight_NK.size(1))
-        token_major = channels_last or math.prod(grid) == 1
+        token_major = channels_last or count == 1
         if token_major and _suits_cublas(gather, width, weight_NK):
             y_MN = F.linear(gather.tensor.view(rows, width), weight_NK, bias)
             return _in_grid(y_MN, grid)
         if token_major:
             y = _in_grid(x.new_empty(rows, columns), grid)
-            y_strides = math.prod(grid) * columns, 1, columns
+            y_strides = count * columns, 1, columns
         else:
             y = x.new_empty(x.size(0), columns, *grid)
-            y_strides = math.prod(grid) * columns, math.prod(grid), 1
+            y_strides = count * columns, count, 1
         block = _block(x, rows, columns)
         _triton.output_kernel[(triton.cdiv(rows, block["BM"]) * triton.cdiv(columns, block["BN"]),)](
-            gather.tensor, weight, bias, y, rows, columns, *gather.numbers, *y_strides,
+            gather.tensor, weight, bias, y, rows, columns, *gather.numbers, count, *y_strides,
             weight_NK.size(1), width, *gather.patch, HAS_BIAS=bias is not None,
             WIDE=_wide(gather.tensor, weight, y), **_precision(x), **block,
         )  # fmt: skip
@@ -74,7 +75,7 @@ def input_grad(grad: Tensor, weight: Tensor, size: Sequence[int], patch: Sequenc
         gather, width = _image(dx, patch), weight.numel() // columns
         block = _block(grad, rows, width, inner="BN", outer="BK")
         _triton.input_grad_kernel[(triton.cdiv(rows, block["BM"]) * triton.cdiv(width, block["BK"]),)](
-            dy_MN, weight, dx, rows, columns, *gather.numbers, width, *gather.patch,
+            dy_MN, weight, dx, rows, *gather.numbers, columns, width, *gather.patch,
             WIDE=_wide(dx, dy_MN, weight), **_precision(grad), **block,
         )  # fmt: skip
     return dx
@@ -91,7 +92,8 @@ def weight_grad(grad: Tensor, x: Tensor, patch: Sequence[int]) -> Tensor:
         block = _block(grad, columns, width, inner="BM", outer="BK", first="BN")
         tiles = triton.cdiv(columns, block["BN"]) * triton.cdiv(width, block["BK"])
         wanted = max(1, 2 * _processors(x.device) // tiles)
-        part = triton.cdiv(triton.cdiv(rows, wanted), block["BM"]) * block["BM"]
+        # A power of two, so that other batch sizes need few other compilations.
+        part = max(block["BM"], triton.next_power_of_2(triton.cdiv(rows, wanted)))
         parts = triton.cdiv(rows, part)
         dw = grad.new_empty(parts, *shape, dtype=torch.float32)
         _triton.weight_grad_kernel[(tiles, parts)](

@@ -50,7 +50,7 @@ def _rounded(x, ROUND: tl.constexpr):
 
 @triton.jit
 def output_kernel(
-    x, w, bias, y, M, N, G, G1, G2, sb, sc, s0, s1, s2, yb, yn, yg,
+    x, w, bias, y, M, N, G, G1, G2, sb, sc, s0, s1, s2, GY, yb, yn, yg,
     K: tl.constexpr, KX: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
@@ -58,8 +58,8 @@ def output_kernel(
 ):  # fmt: skip
     """y[b, n, g] = bias[n] + sum over k of patch[m, k] * w[n, k], where m = (b, g).
 
-    `KX >= K` values of a patch can be read; those past K are zeros. y has strides
-    `(yb, yn, yg)`.
+    `KX >= K` values of a patch can be read; those past K are zeros. y has GY positions an
+    image, where x may be rows with one, and strides `(yb, yn, yg)`.
     """
     blocks_N = tl.cdiv(N, BN)
     m = tl.program_id(0) // blocks_N * BM + tl.arange(0, BM)
@@ -85,20 +85,21 @@ def output_kernel(
         )
     if HAS_BIAS:
         acc_MN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y_M = y + wide_m // G * yb + wide_m % G * yg
+    y_M = wide_m // GY * yb + wide_m % GY * yg
     y_MN = acc_MN.to(y.dtype.element_ty)
     if yn == 1:
-        tl.store(y_M[:, None] + wide_n[None, :], y_MN, mask=(m < M)[:, None] & (n < N)[None, :])
+        at_MN = y_M[:, None] + wide_n[None, :]
+        tl.store(y + at_MN, y_MN, mask=(m < M)[:, None] & (n < N)[None, :])
     else:
         # Neighbours in memory are neighbours in g: let the lanes of a warp run along it.
         at_NM = y_M[None, :] + (wide_n * yn)[:, None]
-        tl.store(at_NM, tl.trans(y_MN), mask=(n < N)[:, None] & (m < M)[None, :])
+        tl.store(y + at_NM, tl.trans(y_MN), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
 def input_grad_kernel(
-    dy, w, dx, M, N, G, G1, G2, sb, sc, s0, s1, s2,
-    K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    dy, w, dx, M, G, G1, G2, sb, sc, s0, s1, s2,
+    N: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +110,6 @@ def input_grad_kernel(
     wide_m = m.to(tl.int64) if WIDE else m
     wide_k = k.to(tl.int64) if WIDE else k
     row_M = tl.where(m < M, wide_m, 0)
-    column_K = tl.where(k < K, wide_k, 0)
     acc_MK = tl.zeros((BM, BK), tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
@@ -117,43 +117,41 @@ def input_grad_kernel(
         dy_MN = tl.load(
             dy + row_M[:, None] * N + wide_n[None, :], mask=(n < N)[None, :], other=0.0
         )
-        w_NK = tl.load(
-            w + wide_n[:, None] * K + column_K[None, :], mask=(n < N)[:, None], other=0.0
-        )
+        inside_NK = (n < N)[:, None] & (k < K)[None, :]
+        w_NK = tl.load(w + wide_n[:, None] * K + wide_k[None, :], mask=inside_NK, other=0.0)
         acc_MK = tl.dot(
             _rounded(dy_MN, ROUND), _rounded(w_NK, ROUND), acc_MK, input_precision=PRECISION
         )
-    dx_M = dx + _rows_M(wide_m, G, G1, G2, sb, s0, s1, s2, P0, P1, P2)
+    dx_M = _rows_M(wide_m, G, G1, G2, sb, s0, s1, s2, P0, P1, P2)
     at_MK = dx_M[:, None] + _columns_K(wide_k, sc, s0, s1, s2, P0, P1, P2)[None, :]
     mask = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(at_MK, acc_MK.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at_MK, acc_MK.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def weight_grad_kernel(
-    dy, x, dw, M, N, G, G1, G2, sb, sc, s0, s1, s2, rows,
-    K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    dy, x, dw, M, N, G, G1, G2, sb, sc, s0, s1, s2,
+    ROWS: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dw[part, n, k] = sum over the `rows` patches m of a part of dy[m, n] * patch[m, k]."""
+    """dw[part, n, k] = sum over the `ROWS` patches m of a part of dy[m, n] * patch[m, k]."""
     blocks_K: tl.constexpr = (K + BK - 1) // BK
     n = tl.program_id(0) // blocks_K * BN + tl.arange(0, BN)
     k = tl.program_id(0) % blocks_K * BK + tl.arange(0, BK)
     part = tl.program_id(1)
     wide_k = k.to(tl.int64) if WIDE else k
-    column_N = tl.where(n < N, n, 0)
-    at_K = _columns_K(tl.where(k < K, wide_k, 0), sc, s0, s1, s2, P0, P1, P2)
+    at_K = _columns_K(wide_k, sc, s0, s1, s2, P0, P1, P2)
     acc_NK = tl.zeros((BN, BK), tl.float32)
-    for start in range(part * rows, tl.minimum(part * rows + rows, M), BM):
-        m = start + tl.arange(0, BM)
+    for start in range(0, ROWS, BM):
+        m = part * ROWS + start + tl.arange(0, BM)
         wide_m = m.to(tl.int64) if WIDE else m
-        # Both need the mask: a zero times what lies in another patch could be a NaN.
-        dy_NM = tl.load(
-            dy + wide_m[None, :] * N + column_N[:, None], mask=(m < M)[None, :], other=0.0
-        )
+        # Both need the mask in m: a zero times what lies elsewhere could be a NaN.
+        inside_NM = (n < N)[:, None] & (m < M)[None, :]
+        dy_NM = tl.load(dy + wide_m[None, :] * N + n[:, None], mask=inside_NM, other=0.0)
         x_M = _rows_M(wide_m, G, G1, G2, sb, s0, s1, s2, P0, P1, P2)
-        x_MK = tl.load(x + x_M[:, None] + at_K[None, :], mask=(m < M)[:, None], other=0.0)
+        inside_MK = (m < M)[:, None] & (k < K)[None, :]
+        x_MK = tl.load(x + (x_M[:, None] + at_K[None, :]), mask=inside_MK, other=0.0)
         acc_NK = tl.dot(
             _rounded(dy_NM, ROUND), _rounded(x_MK, ROUND), acc_NK, input_precision=PRECISION
         )
