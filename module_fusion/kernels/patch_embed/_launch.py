@@ -59,7 +59,7 @@ def output(
         block = _block(x, rows, columns)
         _triton.output_kernel[(triton.cdiv(rows, block["BM"]) * triton.cdiv(columns, block["BN"]),)](
             gather.tensor, weight, bias, y, rows, columns, *gather.numbers, count, *y_strides,
-            weight_NK.size(1), width, *gather.patch, HAS_BIAS=bias is not None,
+            weight_NK.size(1), width, *gather.patch, HAS_BIAS=bias is not None, V=math.gcd(count, 8),
             WIDE=_wide(gather.tensor, weight, y), **_precision(x), **block,
         )  # fmt: skip
     return y
@@ -177,7 +177,8 @@ def _as_rows(grad: Tensor) -> Tensor:
 def _precision(x: Tensor) -> dict[str, Any]:
     """How fp32 is multiplied: as cuDNN would, by the settings for convolutions."""
     tf32 = x.dtype == torch.float32 and _allows_tf32()
-    return {"PRECISION": "tf32" if tf32 else "ieee", "ROUND": tf32 and not INTERPRETED}
+    operand = "fp32" if INTERPRETED else "tf32" if tf32 else "as it is"
+    return {"PRECISION": "tf32" if tf32 else "ieee", "OPERAND": operand}
 
 
 def _allows_tf32() -> bool:

@@ -37,15 +37,30 @@ def _columns_K(k, sc, s0, s1, s2, P0: tl.constexpr, P1: tl.constexpr, P2: tl.con
 
 
 @triton.jit
-def _rounded(x, ROUND: tl.constexpr):
-    """To the nearest TF32 number. The tensor cores alone would cut the low bits off."""
-    if ROUND:
+def _operand(x, OPERAND: tl.constexpr):
+    """A factor of a product, as the product is to see it."""
+    if OPERAND == "tf32":
+        # To the nearest TF32 number; the tensor cores alone would cut the low bits off.
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.inline_asm_elementwise(
             "cvt.rna.tf32.f32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1
         )
         x = bits.to(tl.float32, bitcast=True)
+    elif OPERAND == "fp32":
+        # Triton's interpreter does not multiply bf16.
+        x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def _result(acc, dtype: tl.constexpr, OPERAND: tl.constexpr):
+    """A sum in the dtype of the result, rounded to nearest even."""
+    if OPERAND == "fp32" and dtype == tl.bfloat16:
+        # Triton's interpreter would cut the low bits off.
+        bits = acc.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        acc = bits.to(tl.float32, bitcast=True)
+    return acc.to(dtype)
 
 
 @triton.jit
@@ -53,13 +68,13 @@ def output_kernel(
     x, w, bias, y, M, N, G, G1, G2, sb, sc, s0, s1, s2, GY, yb, yn, yg,
     K: tl.constexpr, KX: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    HAS_BIAS: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y[b, n, g] = bias[n] + sum over k of patch[m, k] * w[n, k], where m = (b, g).
 
     `KX >= K` values of a patch can be read; those past K are zeros. y has GY positions an
-    image, where x may be rows with one, and strides `(yb, yn, yg)`.
+    image, where x may be rows with one, and strides `(yb, yn, yg)`: yn or yg is 1.
     """
     blocks_N = tl.cdiv(N, BN)
     m = tl.program_id(0) // blocks_N * BM + tl.arange(0, BM)
@@ -81,26 +96,28 @@ def output_kernel(
             x_MK = tl.load(x_M[:, None] + at_K[None, :])
             w_KN = tl.load(w_N[None, :] + k[:, None])
         acc_MN = tl.dot(
-            _rounded(x_MK, ROUND), _rounded(w_KN, ROUND), acc_MN, input_precision=PRECISION
+            _operand(x_MK, OPERAND), _operand(w_KN, OPERAND), acc_MN, input_precision=PRECISION
         )
     if HAS_BIAS:
         acc_MN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y_M = wide_m // GY * yb + wide_m % GY * yg
-    y_MN = acc_MN.to(y.dtype.element_ty)
+    y_MN = _result(acc_MN, y.dtype.element_ty, OPERAND)
     if yn == 1:
+        y_M = wide_m // GY * yb + wide_m % GY * yg
         at_MN = y_M[:, None] + wide_n[None, :]
         tl.store(y + at_MN, y_MN, mask=(m < M)[:, None] & (n < N)[None, :])
     else:
-        # Neighbours in memory are neighbours in g: let the lanes of a warp run along it.
-        at_NM = y_M[None, :] + (wide_n * yn)[:, None]
-        tl.store(y + at_NM, tl.trans(y_MN), mask=(n < N)[:, None] & (m < M)[None, :])
+        # V neighbours in m, V dividing GY, are neighbours in memory: tell the compiler.
+        first_m = wide_m // V * V
+        y_M = tl.multiple_of(first_m // GY * yb + first_m % GY, V) + wide_m % V
+        at_NM = tl.multiple_of(wide_n * yn, V)[:, None] + y_M[None, :]
+        tl.store(y + at_NM, tl.trans(y_MN), mask=(n < N)[:, None] & (first_m < M)[None, :])
 
 
 @triton.jit
 def input_grad_kernel(
     dy, w, dx, M, G, G1, G2, sb, sc, s0, s1, s2,
     N: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dpatch[m, k] = sum over n of dy[m, n] * w[n, k], stored where the patch lies in dx."""
@@ -120,19 +137,19 @@ def input_grad_kernel(
         inside_NK = (n < N)[:, None] & (k < K)[None, :]
         w_NK = tl.load(w + wide_n[:, None] * K + wide_k[None, :], mask=inside_NK, other=0.0)
         acc_MK = tl.dot(
-            _rounded(dy_MN, ROUND), _rounded(w_NK, ROUND), acc_MK, input_precision=PRECISION
+            _operand(dy_MN, OPERAND), _operand(w_NK, OPERAND), acc_MK, input_precision=PRECISION
         )
     dx_M = _rows_M(wide_m, G, G1, G2, sb, s0, s1, s2, P0, P1, P2)
     at_MK = dx_M[:, None] + _columns_K(wide_k, sc, s0, s1, s2, P0, P1, P2)[None, :]
     mask = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(dx + at_MK, acc_MK.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at_MK, _result(acc_MK, dx.dtype.element_ty, OPERAND), mask=mask)
 
 
 @triton.jit
 def weight_grad_kernel(
     dy, x, dw, M, N, G, G1, G2, sb, sc, s0, s1, s2,
     ROWS: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dw[part, n, k] = sum over the `ROWS` patches m of a part of dy[m, n] * patch[m, k]."""
@@ -153,7 +170,7 @@ def weight_grad_kernel(
         inside_MK = (m < M)[:, None] & (k < K)[None, :]
         x_MK = tl.load(x + (x_M[:, None] + at_K[None, :]), mask=inside_MK, other=0.0)
         acc_NK = tl.dot(
-            _rounded(dy_NM, ROUND), _rounded(x_MK, ROUND), acc_NK, input_precision=PRECISION
+            _operand(dy_NM, OPERAND), _operand(x_MK, OPERAND), acc_NK, input_precision=PRECISION
         )
     dw += part.to(tl.int64) * N * K
     mask = (n < N)[:, None] & (k < K)[None, :]
