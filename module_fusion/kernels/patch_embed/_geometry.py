@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class PatchPlan(NamedTuple):
     token_major: bool
 
 
-def prepare(proj: nn.Module, token_major: bool = False) -> PatchPlan:
+def prepare(proj: Any, token_major: bool = False) -> PatchPlan:
     """Check once that a convolution is one over patches.
 
     Args:

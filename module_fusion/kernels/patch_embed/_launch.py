@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from . import _triton
@@ -57,9 +57,11 @@ def output(
             y = x.new_empty(x.size(0), columns, *grid)
             y_strides = count * columns, count, 1
         block = _block(x, rows, columns)
-        _triton.output_kernel[(triton.cdiv(rows, block["BM"]) * triton.cdiv(columns, block["BN"]),)](
+        tiles = triton.cdiv(rows, block["BM"]) * triton.cdiv(columns, block["BN"])
+        _triton.output_kernel[(tiles,)](
             gather.tensor, weight, bias, y, rows, columns, *gather.numbers, count, *y_strides,
-            weight_NK.size(1), width, *gather.patch, HAS_BIAS=bias is not None, V=math.gcd(count, 8),
+            weight_NK.size(1), width, *gather.patch,
+            HAS_BIAS=bias is not None, V=math.gcd(count, 8),
             WIDE=_wide(gather.tensor, weight, y), **_precision(x), **block,
         )  # fmt: skip
     return y
@@ -74,7 +76,8 @@ def input_grad(grad: Tensor, weight: Tensor, size: Sequence[int], patch: Sequenc
         rows, columns = dy_MN.shape
         gather, width = _image(dx, patch), weight.numel() // columns
         block = _block(grad, rows, width, inner="BN", outer="BK")
-        _triton.input_grad_kernel[(triton.cdiv(rows, block["BM"]) * triton.cdiv(width, block["BK"]),)](
+        tiles = triton.cdiv(rows, block["BM"]) * triton.cdiv(width, block["BK"])
+        _triton.input_grad_kernel[(tiles,)](
             dy_MN, weight, dx, rows, *gather.numbers, columns, width, *gather.patch,
             WIDE=_wide(dx, dy_MN, weight), **_precision(grad), **block,
         )  # fmt: skip
@@ -204,9 +207,7 @@ def _block(
         large = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= _processors(x.device)
         sizes, warps = ((128, 128, depth), 8) if large else ((64, 64, depth), 4)
         stages = 3 if large else 4
-    return dict(
-        zip((first, outer, inner), sizes, strict=True), num_warps=warps, num_stages=stages
-    )
+    return dict(zip((first, outer, inner), sizes, strict=True), num_warps=warps, num_stages=stages)
 
 
 def _wide(*tensors: Tensor) -> bool:

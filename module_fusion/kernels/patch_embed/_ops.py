@@ -6,8 +6,8 @@ Eager calls launch directly: an operator of `torch.library` costs several micros
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from torch.autograd.function import once_differentiable
 from ._geometry import PatchPlan, convolve, grid_of, is_channels_last, is_known
 from ._torch import patch_embed_torch
 
-if importlib.util.find_spec("triton") is not None:
+try:
+    import triton  # type: ignore[import-untyped] # noqa: F401
+except ImportError:
+    _INTERPRETED = _HAS_TRITON = False
+else:
     from . import _launch
 
     _INTERPRETED = _launch.INTERPRETED
     _HAS_TRITON = True
-else:
-    _INTERPRETED = _HAS_TRITON = False
 
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
@@ -54,8 +56,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = _PatchEmbed.apply(x, weight, bias, patch, channels_last)  # type: ignore[no-untyped-call]
-        return y  # type: ignore[no-any-return]
+        return _apply(x, weight, bias, patch, channels_last)
     return _launch.output(x, weight, bias, patch, channels_last)
 
 
@@ -79,9 +80,12 @@ class _PatchEmbed(torch.autograd.Function):
         return _launch.output(x, weight, bias, patch, last)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grad, _launch.input_grad, _launch.weight_grad)
+
+
+_apply: Callable[..., Tensor] = _PatchEmbed.apply
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -100,8 +104,8 @@ def _gradients(ctx: Any, grad: Tensor, input_grad: Any, weight_grad: Any) -> tup
     return dx, dw, db, None, None
 
 
-def _define_operators() -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "DEF")
+def _define_operators() -> Any:
+    library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
     library.define(
         "patch_embed(Tensor x, Tensor weight, Tensor? bias, SymInt[] patch, bool channels_last)"
         " -> Tensor"
@@ -124,9 +128,7 @@ def _define_operators() -> torch.library.Library:
             return x.new_empty(x.size(0), *grid, weight.size(0)).movedim(-1, 1)
         return x.new_empty(x.size(0), weight.size(0), *grid)
 
-    def fake_input_grad(
-        grad: Tensor, weight: Tensor, size: list[int], patch: list[int]
-    ) -> Tensor:
+    def fake_input_grad(grad: Tensor, weight: Tensor, size: list[int], patch: list[int]) -> Tensor:
         return grad.new_empty(size)
 
     def fake_weight_grad(grad: Tensor, x: Tensor, patch: list[int]) -> Tensor:
@@ -135,8 +137,12 @@ def _define_operators() -> torch.library.Library:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _gradients(ctx, grad, ops.input_grad, ops.weight_grad)
 
-    fakes = {"patch_embed": fake_output, "input_grad": fake_input_grad}
-    for name, fake in {**fakes, "weight_grad": fake_weight_grad}.items():
+    fakes: dict[str, Callable[..., Tensor]] = {
+        "patch_embed": fake_output,
+        "input_grad": fake_input_grad,
+        "weight_grad": fake_weight_grad,
+    }
+    for name, fake in fakes.items():
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     torch.library.register_autograd(
         f"{NAMESPACE}::patch_embed", backward, setup_context=_setup_context, lib=library

@@ -15,9 +15,7 @@ from ._geometry import PatchPlan, convolve, grid_of, is_channels_last
 _LEAST_K = 512
 
 
-def patch_embed_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan
-) -> Tensor:
+def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
     """Embed `(batch, channels, *size)` by a view or a copy of the patches and `F.linear`."""
     grid = grid_of(x, plan)
     batch, channels_out = x.size(0), weight.size(0)
@@ -37,7 +35,8 @@ def patches(x: Tensor, plan: PatchPlan) -> Tensor:
     x = _crop(x, plan)
     dims = len(plan.patch)
     for dim in range(dims - 1, -1, -1):
-        x = x.unflatten(2 + dim, (-1, plan.patch[dim]))
+        shape = *x.shape[: 2 + dim], -1, plan.patch[dim], *x.shape[3 + dim :]
+        x = x.view(shape)
     order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
     return x.permute(order).flatten(dims + 1).flatten(0, dims)
 

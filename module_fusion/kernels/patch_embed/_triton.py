@@ -7,6 +7,8 @@ the leading ones of size 1 where there are fewer. Row m of the matrix of patches
 itself is never written ("implicit im2col"; Chetlur et al., cuDNN, arXiv 1410.0759).
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
 from __future__ import annotations
 
 import triton
@@ -28,12 +30,7 @@ def _rows_M(m, G, G1, G2, sb, s0, s1, s2, P0: tl.constexpr, P1: tl.constexpr, P2
 @triton.jit
 def _columns_K(k, sc, s0, s1, s2, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
     """Offset of each value of a patch from its first."""
-    return (
-        k // (P0 * P1 * P2) * sc
-        + k // (P1 * P2) % P0 * s0
-        + k // P2 % P1 * s1
-        + k % P2 * s2
-    )
+    return k // (P0 * P1 * P2) * sc + k // (P1 * P2) % P0 * s0 + k // P2 % P1 * s1 + k % P2 * s2
 
 
 @triton.jit
@@ -68,7 +65,8 @@ def output_kernel(
     x, w, bias, y, M, N, G, G1, G2, sb, sc, s0, s1, s2, GY, yb, yn, yg,
     K: tl.constexpr, KX: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    HAS_BIAS: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y[b, n, g] = bias[n] + sum over k of patch[m, k] * w[n, k], where m = (b, g).
@@ -109,8 +107,8 @@ def output_kernel(
         # V neighbours in m, V dividing GY, are neighbours in memory: tell the compiler.
         first_m = wide_m // V * V
         y_M = tl.multiple_of(first_m // GY * yb + first_m % GY, V) + wide_m % V
-        at_NM = tl.multiple_of(wide_n * yn, V)[:, None] + y_M[None, :]
-        tl.store(y + at_NM, tl.trans(y_MN), mask=(n < N)[:, None] & (first_m < M)[None, :])
+        at_MN = y_M[:, None] + tl.multiple_of(wide_n * yn, V)[None, :]
+        tl.store(y + at_MN, y_MN, mask=(first_m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -131,9 +129,7 @@ def input_grad_kernel(
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         wide_n = n.to(tl.int64) if WIDE else n
-        dy_MN = tl.load(
-            dy + row_M[:, None] * N + wide_n[None, :], mask=(n < N)[None, :], other=0.0
-        )
+        dy_MN = tl.load(dy + row_M[:, None] * N + wide_n[None, :], mask=(n < N)[None, :], other=0.0)
         inside_NK = (n < N)[:, None] & (k < K)[None, :]
         w_NK = tl.load(w + wide_n[:, None] * K + wide_k[None, :], mask=inside_NK, other=0.0)
         acc_MK = tl.dot(

@@ -1,5 +1,7 @@
 """The layer that the `kernels` library binds into the seat."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .._geometry import prepare
@@ -30,7 +32,8 @@ class PatchEmbed(nn.Module):
         Returns:
             `(batch, embed_dim, *grid)` or `(embed_dim, *grid)`, where `grid = size // patch`.
         """
-        return patch_embed(input, self.proj.weight, self.proj.bias, self.prepared)
+        seat: Any = self
+        return patch_embed(input, seat.proj.weight, seat.proj.bias, seat.prepared)
 
 
 PatchEmbed.forward.prepare = prepare  # type: ignore[attr-defined]
