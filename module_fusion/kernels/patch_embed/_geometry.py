@@ -44,10 +44,9 @@ def prepare(proj: Any, token_major: bool = False) -> PatchPlan:
     patch = tuple(proj.kernel_size)
     if tuple(proj.stride) != patch:
         raise ValueError(f"its stride {tuple(proj.stride)} is not its kernel size {patch}")
-    if isinstance(proj.padding, str):
-        raise ValueError(f"its padding is {proj.padding!r}, not 0")
-    if any(proj.padding):
-        raise ValueError(f"its padding is {tuple(proj.padding)}, not 0")
+    # "valid" is no padding; torch allows "same" only for a stride of 1.
+    if proj.padding != "valid" and any(proj.padding):
+        raise ValueError(f"its padding is {proj.padding}, not 0")
     if any(step != 1 for step in proj.dilation):
         raise ValueError(f"its dilation is {tuple(proj.dilation)}, not 1")
     if proj.groups != 1:
