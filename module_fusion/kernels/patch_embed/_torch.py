@@ -13,6 +13,7 @@ from torch import Tensor
 from ._geometry import PatchPlan, convolve, grid_of, is_channels_last
 
 _LEAST_K = 512
+_LEAST_WIDTH = 14
 
 
 def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
@@ -52,19 +53,24 @@ def _crop(x: Tensor, plan: PatchPlan) -> Tensor:
 def _gains(x: Tensor, weight_NK: Tensor, plan: PatchPlan) -> bool:
     """Whether patches that lie in a grid are faster as a matrix product on a CPU.
 
-    Time of the convolution over ours, 2 cores with AVX-512 (no AMX), torch 2.13:
+    Time of the convolution over that of the product, copies included; one core with AVX-512,
+    torch 2.13, `benchmarks/patch_embed.py`; fp16 on two:
 
     | | fp32 | bf16 | fp16 |
     |---|---|---|---|
-    | Conv2d ViT-B/16, batch 4 (K 768) | 0.53 | 1.25 | 4.75 |
-    | Conv2d SigLIP/14, batch 2 (K 588) | 0.49 | 1.22 | 7.9 |
-    | Conv3d video 8 x 112 x 112 (K 1176) | 0.55 | 1.60 | 18 |
-    | Conv2d 2 x 2 on 96 channels (K 384) | 0.32 | 0.28 | 5.6, channels last 0.78 |
+    | Conv2d ViT-B/16, batch 4 (K 768) | 0.53 | 1.29 | 4.75 |
+    | Conv2d SigLIP/14, batch 2 (K 588) | 0.49 | 1.20 | 7.9 |
+    | Conv3d video, 8 x 112 x 112 (K 1176) | 0.55 | 1.49 | 18 |
+    | Conv2d 2 x 2 on 128 channels (K 512) | | 0.29 | |
     | Conv2d 4 x 4 on 3 channels (K 48) | 0.31 | 0.42 | 0.87 |
+    | Conv1d 10 on 80 channels (K 800) | 0.51 | 0.97 | 4.9 |
 
-    oneDNN's convolutions are good in fp32 and poor at wide patches in 16 bits.
+    oneDNN's convolutions are good in fp32, and poor at wide patches in 16 bits. Where every
+    image is one patch, as in Qwen2-VL, the product won by 2.5 to 6 for every shape tried.
     """
-    if x.dtype == torch.float32 or weight_NK.size(1) < _LEAST_K:
+    if x.dtype == torch.float32 or len(plan.patch) == 1:
+        return False
+    if plan.patch[-1] < _LEAST_WIDTH or weight_NK.size(1) < _LEAST_K:
         return False
     # Which format the convolution answers in for channels_last_3d depends on sizes and dtype.
     return not (len(plan.patch) == 3 and is_channels_last(x))
