@@ -198,6 +198,18 @@ def test_values_gradients_shapes_and_strides_are_the_convolutions(
         assert size <= 1 or mine == other or theirs[0].numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_many_patches_are_summed_in_fp32(device: str, dtype: torch.dtype) -> None:
+    proj, x = conv2d(device, dtype), torch.randn(33, 3, 33, 32, device=device).to(dtype)
+    grad = torch.randn_like(proj(x).contiguous())
+    assert_as_good(
+        results(bound(proj), proj, x, grad),
+        results(proj, proj, x, grad),
+        exact(proj, x, grad, lambda t: t),
+        exact(proj, x, grad, torch.abs),
+    )
+
+
 @given(case=cases())
 @several(15 if INTERPRETED else 100)
 def test_token_major_output_gives_contiguous_tokens(device: str, case: dict[str, Any]) -> None:
