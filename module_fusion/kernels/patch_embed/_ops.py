@@ -60,9 +60,15 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan)
     return _launch.output(x, weight, bias, patch, channels_last)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _runs_triton(device: torch.device) -> bool:
-    """Whether the kernels run there: on an NVIDIA GPU with bf16, or in the interpreter."""
+    """Whether the kernels run there; a compiled graph asks while it is traced."""
+    return _runs_triton_on(device)
+
+
+@functools.cache
+def _runs_triton_on(device: torch.device) -> bool:
+    """On an NVIDIA GPU with bf16, or in the interpreter."""
     if not _HAS_TRITON:
         return False
     if device.type == "cpu":
