@@ -1,0 +1,159 @@
+"""Which path a call takes, and the operators that `torch.compile` sees.
+
+Eager calls launch directly: an operator of `torch.library` costs several microseconds a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._geometry import PatchPlan, convolve, grid_of, is_channels_last, is_known
+from ._torch import patch_embed_torch
+
+try:
+    import triton  # type: ignore[import-untyped] # noqa: F401
+except ImportError:
+    _INTERPRETED = _HAS_TRITON = False
+else:
+    from . import _launch
+
+    _INTERPRETED = _launch.INTERPRETED
+    _HAS_TRITON = True
+
+NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
+    """Embed the patches of an image, a sequence or a video.
+
+    Args:
+        x: `(batch, channels, *size)` or `(channels, *size)`.
+        weight: `(embed_dim, channels, *patch)`.
+        bias: `(embed_dim,)` or None.
+
+    Returns:
+        `(batch, embed_dim, *grid)` or `(embed_dim, *grid)`.
+    """
+    if not is_known(x, weight, plan):
+        return convolve(x, weight, bias, plan)
+    if x.dim() == len(plan.patch) + 1:
+        return patch_embed(x.unsqueeze(0), weight, bias, plan).squeeze(0)
+    if x.device.type == "cpu" and not _INTERPRETED:
+        return patch_embed_torch(x, weight, bias, plan)
+    if not _runs_triton(x.device):
+        return convolve(x, weight, bias, plan)
+    patch, channels_last = list(plan.patch), plan.token_major or is_channels_last(x)
+    if torch.compiler.is_compiling():
+        op = getattr(torch.ops, NAMESPACE).patch_embed
+        return op(x, weight, bias, patch, channels_last)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _apply(x, weight, bias, patch, channels_last)
+    return _launch.output(x, weight, bias, patch, channels_last)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_triton(device: torch.device) -> bool:
+    """Whether the kernels run there; a compiled graph asks while it is traced."""
+    return _runs_triton_on(device)
+
+
+@functools.cache
+def _runs_triton_on(device: torch.device) -> bool:
+    """On an NVIDIA GPU with bf16, or in the interpreter."""
+    if not _HAS_TRITON:
+        return False
+    if device.type == "cpu":
+        return _INTERPRETED
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class _PatchEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, patch: list[int], last: bool
+    ) -> Tensor:
+        _setup_context(ctx, (x, weight, bias, patch, last), None)
+        return _launch.output(x, weight, bias, patch, last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, _launch.input_grad, _launch.weight_grad)
+
+
+_apply: Callable[..., Tensor] = _PatchEmbed.apply
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, patch, _ = inputs
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+    ctx.size, ctx.patch = x.shape, patch
+
+
+def _gradients(ctx: Any, grad: Tensor, input_grad: Any, weight_grad: Any) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx = input_grad(grad, weight, ctx.size, ctx.patch) if needs_x else None
+    dw = weight_grad(grad, x, ctx.patch) if needs_weight else None
+    db = grad.sum([0, *range(2, grad.dim())]) if needs_bias else None
+    return dx, dw, db, None, None
+
+
+def _define_operators() -> Any:
+    library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+    library.define(
+        "patch_embed(Tensor x, Tensor weight, Tensor? bias, SymInt[] patch, bool channels_last)"
+        " -> Tensor"
+    )
+    library.define(
+        "input_grad(Tensor grad, Tensor weight, SymInt[] size, SymInt[] patch) -> Tensor"
+    )
+    library.define("weight_grad(Tensor grad, Tensor x, SymInt[] patch) -> Tensor")
+    for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+        library.impl("patch_embed", _launch.output, key)
+        library.impl("input_grad", _launch.input_grad, key)
+        library.impl("weight_grad", _launch.weight_grad, key)
+    ops = getattr(torch.ops, NAMESPACE)
+
+    def fake_output(
+        x: Tensor, weight: Tensor, bias: Tensor | None, patch: list[int], channels_last: bool
+    ) -> Tensor:
+        grid = grid_of(x, PatchPlan(tuple(patch), channels_last))
+        if channels_last and any(n != 1 for n in grid):
+            return x.new_empty(x.size(0), *grid, weight.size(0)).movedim(-1, 1)
+        return x.new_empty(x.size(0), weight.size(0), *grid)
+
+    def fake_input_grad(grad: Tensor, weight: Tensor, size: list[int], patch: list[int]) -> Tensor:
+        return grad.new_empty(size)
+
+    def fake_weight_grad(grad: Tensor, x: Tensor, patch: list[int]) -> Tensor:
+        return grad.new_empty(grad.size(1), x.size(1), *patch)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, grad, ops.input_grad, ops.weight_grad)
+
+    fakes: dict[str, Callable[..., Tensor]] = {
+        "patch_embed": fake_output,
+        "input_grad": fake_input_grad,
+        "weight_grad": fake_weight_grad,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::patch_embed", backward, setup_context=_setup_context, lib=library
+    )
+    return library
+
+
+_LIBRARY = _define_operators() if _HAS_TRITON else None

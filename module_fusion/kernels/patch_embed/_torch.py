@@ -1,0 +1,76 @@
+"""The path of torch operations: CPU tensors, in eager and in compiled graphs.
+
+B batch, C input channels, G grid positions, M = B * G patches, N output channels,
+K = C * (values of a patch in one channel).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._geometry import PatchPlan, convolve, grid_of, is_channels_last
+
+_LEAST_K = 512
+_LEAST_WIDTH = 14
+
+
+def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
+    """Embed `(batch, channels, *size)` by a view or a copy of the patches and `F.linear`."""
+    grid = grid_of(x, plan)
+    batch, channels_out = x.size(0), weight.size(0)
+    weight_NK = weight.view(channels_out, -1)
+    if all(n == 1 for n in grid):
+        y_MN = F.linear(_crop(x, plan).reshape(batch, -1), weight_NK, bias)
+        return y_MN.view(batch, channels_out, *grid)
+    if not _gains(x, weight_NK, plan):
+        return convolve(x, weight, bias, plan)
+    y_MN = F.linear(patches(x, plan), weight_NK, bias)
+    y = y_MN.view(batch, *grid, channels_out).movedim(-1, 1)
+    return y if plan.token_major or is_channels_last(x) else y.contiguous()
+
+
+def patches(x: Tensor, plan: PatchPlan) -> Tensor:
+    """The patches of `(batch, channels, *size)` as rows `(M, K)`, a copy unless they are rows."""
+    x = _crop(x, plan)
+    dims = len(plan.patch)
+    for dim in range(dims - 1, -1, -1):
+        shape = *x.shape[: 2 + dim], -1, plan.patch[dim], *x.shape[3 + dim :]
+        x = x.view(shape)
+    order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
+    return x.permute(order).flatten(dims + 1).flatten(0, dims)
+
+
+def _crop(x: Tensor, plan: PatchPlan) -> Tensor:
+    """Drop the remainder that fills no patch, as the convolution does."""
+    for dim, size in enumerate(plan.patch, 2):
+        if x.size(dim) % size:
+            x = x.narrow(dim, 0, x.size(dim) // size * size)
+    return x
+
+
+def _gains(x: Tensor, weight_NK: Tensor, plan: PatchPlan) -> bool:
+    """Whether patches that lie in a grid are faster as a matrix product on a CPU.
+
+    Time of the convolution over that of the product, copies included; one core with AVX-512,
+    torch 2.13, `benchmarks/patch_embed.py`; fp16 on two:
+
+    | | fp32 | bf16 | fp16 |
+    |---|---|---|---|
+    | Conv2d ViT-B/16, batch 4 (K 768) | 0.53 | 1.29 | 4.75 |
+    | Conv2d SigLIP/14, batch 2 (K 588) | 0.49 | 1.20 | 7.9 |
+    | Conv3d video, 8 x 112 x 112 (K 1176) | 0.55 | 1.49 | 18 |
+    | Conv2d 2 x 2 on 128 channels (K 512) | | 0.29 | |
+    | Conv2d 4 x 4 on 3 channels (K 48) | 0.31 | 0.42 | 0.87 |
+    | Conv1d 10 on 80 channels (K 800) | 0.51 | 0.97 | 4.9 |
+
+    oneDNN's convolutions are good in fp32, and poor at wide patches in 16 bits. Where every
+    image is one patch, as in Qwen2-VL, the product won by 2.5 to 6 for every shape tried.
+    """
+    if x.dtype == torch.float32 or len(plan.patch) == 1:
+        return False
+    if plan.patch[-1] < _LEAST_WIDTH or weight_NK.size(1) < _LEAST_K:
+        return False
+    # Which format the convolution answers in for channels_last_3d depends on sizes and dtype.
+    return not (len(plan.patch) == 3 and is_channels_last(x))
