@@ -69,6 +69,7 @@ class Chain:
             _running=self.running,
             _capabilities={},
             _refusal=self.refusal,
+            _why_unprepared=None,
         )
         seat.training = last.training
         self.seat = seat
@@ -82,7 +83,8 @@ class Chain:
         """Why no kernel is in the seat."""
         if self.kernel is None:
             return "no kernel"
-        return self.refusal or f"no kernel was loaded for {self.kernel!r}"
+        refused = None if self.seat is None else self.seat.__dict__.get("_why_unprepared")
+        return self.refusal or refused or f"no kernel was loaded for {self.kernel!r}"
 
     def why_not_compiled(self) -> str | None:
         """Why compiled graphs hold the members instead of the kernel, None if they do not."""

@@ -30,14 +30,20 @@ class FusedKernel(nn.Module):
     Its own `forward` is the chain: the members one after the other. `kernels.kernelize`
     replaces it on the instance; from then on the chain's calls go to the kernel. Members are
     attributes under their roles. Calling a member inside a kernel runs the member itself.
+
+    A kernel's `forward` may have an attribute `prepare`, a function that is called with the
+    members when the kernel takes the seat. What it returns is `self.prepared` from then on;
+    a `ValueError` it raises is the reason why the kernel cannot have these members.
     """
 
+    prepared: Any = None
     _members: tuple[weakref.ref[nn.Module], ...]
     _plan: Plan
     _capabilities: dict[str, bool]
     _dtypes: set[torch.dtype]
     _device: torch.device | None
     _has_buffers: bool
+    _why_unprepared: str | None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -64,6 +70,8 @@ class FusedKernel(nn.Module):
         """Tell the members whether a kernel waits for them, and record their form for it."""
         states = [state_of(member) for member in self.members()]
         armed = None not in states and self.kernel is not None and not self.__dict__["_refusal"]
+        self.__dict__["_why_unprepared"] = self._prepare() if armed else None
+        armed = armed and self._why_unprepared is None
         for member, state in zip(self.members(), states, strict=True):
             if state is None:
                 continue
@@ -80,6 +88,18 @@ class FusedKernel(nn.Module):
                 _device=_only(set().union(*(form.devices for form in forms))),  # type: ignore[union-attr]
                 _has_buffers=any(form.has_buffers for form in forms),  # type: ignore[union-attr]
             )
+
+    def _prepare(self) -> str | None:
+        """Let the kernel look at its members; the reason why it cannot have them, or None."""
+        self.__dict__.pop("prepared", None)
+        prepare = getattr(self.kernel, "prepare", None)
+        if prepare is None:
+            return None
+        try:
+            self.__dict__["prepared"] = prepare(*self.members())
+        except ValueError as error:
+            return f"the kernel refuses: {error}"
+        return None
 
     def why_not_these(self, inputs: list[Any], weights: list[Tensor]) -> str | None:
         """The reason why the kernel may not have these inputs, or None.

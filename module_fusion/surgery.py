@@ -21,6 +21,7 @@ from .errors import (
     UnfuseError,
 )
 from .inventory import Found, chains_in, members_of, row_of, states_of, strays_in
+from .kernels import builtin_kernels
 from .modules import (
     KEY,
     FusedModule,
@@ -56,7 +57,8 @@ def fuse_modules(
         specs: one `ModuleSpec` per module. Inferred from the `forward` signatures when
             omitted: each module's output is the next one's first input.
         kernel: a layer name for the `kernels` library. A mapping registered with
-            `kernels.use_kernel_mapping` or `register_kernel_mapping` says what it stands for.
+            `kernels.use_kernel_mapping` or `register_kernel_mapping` says what it stands for;
+            where none does, `"RMSNormMLP"` and `"PatchEmbed"` are the built-in ones.
         mode: a `kernels.Mode`; training or inference, as `model.training` says, when omitted.
         device: device type to look the kernel up for; that of the members when omitted.
         use_fallback: False to raise where no kernel is found, instead of running the members.
@@ -287,13 +289,18 @@ def _kernelize(
     """Let the `kernels` library fill this chain's seat, and nothing else."""
     seat = job.chain.seat
     assert seat is not None
+    on = device or _device_of(job.group.modules)
     try:
-        kernelize(
-            seat,
-            mode=mode or (Mode.TRAINING if model.training else Mode.INFERENCE),
-            device=device or _device_of(job.group.modules),
-            use_fallback=use_fallback,
-        )
+        with builtin_kernels(job.chain.kernel, on):
+            kernelize(
+                seat,
+                mode=mode or (Mode.TRAINING if model.training else Mode.INFERENCE),
+                device=on,
+                use_fallback=use_fallback,
+            )
+        refused = seat.__dict__["_why_unprepared"]
+        if refused and not use_fallback:
+            raise ValueError(refused)
     except Exception as error:
         reason = str(error).strip().rstrip(".") or type(error).__name__
         raise NotFusableError(
