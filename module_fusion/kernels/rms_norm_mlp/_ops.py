@@ -8,6 +8,7 @@ operators, since Dynamo cannot pass every launch option on; torch's own operatio
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,15 +67,26 @@ class _RMSNormMLP(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, gate, up, *tensors = ctx.saved_tensors
         weights = Weights(*tensors)
         needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            # create_graph=True: gradients that can be differentiated again.
+            return (None, *_composed_gradients(dy, x, weights, ctx.options, needs))
         gradients = triton_backward.backward(
             dy, x, rstd, gate, up, weights, ctx.options, needs
         )
         return (None, *gradients)
+
+
+def _composed_gradients(
+    dy: Tensor, x: Tensor, weights: Weights, options: Options, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    wanted = [t for t, need in zip((x, *weights), needs, strict=True) if t is not None and need]
+    output = cpu.rms_norm_mlp(x, weights, options)
+    gradients = iter(torch.autograd.grad(output, wanted, dy, create_graph=True))
+    return [next(gradients) if need else None for need in needs]
 
 
 def _forward(x: Tensor, *arguments: Any) -> Tensor:

@@ -66,14 +66,28 @@ def activation(g, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_and_rest(t, EXACT: tl.constexpr):
+    """`sigmoid(t)` and `1 - sigmoid(t)`, neither from a difference that cancels."""
+    if EXACT:
+        small = _exp(-tl.abs(t))
+        large = tl.div_rn(1.0, 1.0 + small)
+    else:
+        small = tl.exp(-tl.abs(t))
+        large = 1.0 / (1.0 + small)
+    small *= large
+    return tl.where(t < 0, small, large), tl.where(t < 0, large, small)
+
+
+@triton.jit
 def activation_derivative(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     """The derivative of `activation` at `g`, in float32."""
     if ACT == "silu":
-        s = _times_sigmoid(1.0, g, EXACT)
-        return s * (1.0 + g * (1.0 - s))
+        s, rest = _sigmoid_and_rest(g, EXACT)
+        return s * (1.0 + g * rest)
     elif ACT == "gelu_tanh":
-        s = _times_sigmoid(1.0, 1.5957691216057308 * (g + 0.044715 * g * g * g), EXACT)
-        return s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        s, rest = _sigmoid_and_rest(t, EXACT)
+        return s * (1.0 + g * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
     else:
         density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
         return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
