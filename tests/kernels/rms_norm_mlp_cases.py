@@ -89,7 +89,7 @@ def assert_as_exact(
         return
     ours, theirs = ((tensor.double() - truth).norm() / norm for tensor in (value, other))
     limits = torch.finfo(value.dtype)
-    floor = limits.eps * (0.02 + 4 / independent**0.5)
+    floor = limits.eps * (0.02 + 8 / independent**0.5)
     # Values below the smallest normal one have a fixed spacing instead of a relative one.
     floor += limits.tiny * limits.eps * truth.numel() ** 0.5 / norm
     assert ours <= 1.1 * theirs + floor, f"{name}: error {ours:.3e}, members {theirs:.3e}"
@@ -110,9 +110,7 @@ def assert_forward(seat: Seat, x: Tensor) -> None:
         assert_as_exact("output", seat(x), theirs, truth, independent(seat, x))
 
 
-def assert_gradients(
-    seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor]
-) -> None:
+def assert_gradients(seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor]) -> None:
     """Output and every gradient: as exact as the members."""
     weights = seat.weights()
     wide = reference.Weights(

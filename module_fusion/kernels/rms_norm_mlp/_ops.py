@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ if HAS_TRITON:
 
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 _ARGUMENTS = (
-    "Tensor x, Tensor? norm, Tensor gate, Tensor? up, Tensor down, "
+    "Tensor? norm, Tensor gate, Tensor? up, Tensor down, "
     "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
     "float eps, str norm_form, str activation, bool gate_first"
 )
@@ -52,8 +52,7 @@ def rms_norm_mlp(x: Tensor, weights: Weights, options: Options, triton: bool) ->
             output = operators.forward(x, *weights, *options)
         return output
     if needs_grad:
-        output = _RMSNormMLP.apply(options, x, *weights)  # type: ignore[no-untyped-call]
-        return output
+        return cast(Tensor, _RMSNormMLP.apply(options, x, *weights))  # type: ignore[no-untyped-call]
     return triton_forward.forward(x, weights, options)
 
 
@@ -74,9 +73,7 @@ class _RMSNormMLP(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph=True: gradients that can be differentiated again.
             return (None, *_composed_gradients(dy, x, weights, ctx.options, needs))
-        gradients = triton_backward.backward(
-            dy, x, rstd, gate, up, weights, ctx.options, needs
-        )
+        gradients = triton_backward.backward(dy, x, rstd, gate, up, weights, ctx.options, needs)
         return (None, *gradients)
 
 
@@ -94,9 +91,7 @@ def _forward(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _forward_for_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return triton_forward.forward_for_backward(
-        x, Weights(*arguments[:7]), Options(*arguments[7:])
-    )
+    return triton_forward.forward_for_backward(x, Weights(*arguments[:7]), Options(*arguments[7:]))
 
 
 def _backward(
@@ -113,9 +108,7 @@ def _forward_fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _forward_for_backward_fake(
-    x: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_for_backward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = Weights(*arguments[:7])
     tokens = x.numel() // x.shape[-1]
     gate = x.new_empty((tokens, weights.gate.shape[0]))
@@ -127,7 +120,11 @@ def _backward_fake(
     dy: Tensor, x: Tensor, rstd: Tensor, gate: Tensor, up: Tensor, *arguments: Any
 ) -> list[Tensor]:
     inputs = (x, *arguments[:7])
-    return [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs, arguments[11], strict=True) if need]
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, need in zip(inputs, arguments[11], strict=True)
+        if need
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,12 +142,14 @@ def _autograd_backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
 
 if HAS_TRITON:
     # Whoever holds the library keeps the operators.
-    _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-    _LIBRARY.define(f"forward({_ARGUMENTS}) -> Tensor")
-    _LIBRARY.define(f"forward_for_backward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+    _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(f"forward(Tensor x, {_ARGUMENTS}) -> Tensor")
     _LIBRARY.define(
-        f"backward(Tensor dy, {_ARGUMENTS.replace('x,', 'x, Tensor rstd, Tensor gate_out, Tensor up_out,', 1)}, "
-        f"bool[] needs) -> Tensor[]"
+        f"forward_for_backward(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _LIBRARY.define(
+        f"backward(Tensor dy, Tensor x, Tensor rstd, Tensor gate_output, Tensor up_output, "
+        f"{_ARGUMENTS}, bool[] needs) -> Tensor[]"
     )
     for _name, _function, _fake in (
         ("forward", _forward, _forward_fake),

@@ -1,4 +1,4 @@
-"""Launch configurations of the kernels for few tokens: fixed in advance, nothing is tuned at a call.
+"""Launch configurations of the kernels for few tokens, fixed in advance: no call tunes anything.
 
 `configs.json` beside this file holds measured ones by device name and shape; for everything
 else a default is computed from the shape.

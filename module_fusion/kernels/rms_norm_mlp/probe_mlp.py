@@ -47,7 +47,7 @@ def candidates(mlp: nn.Module) -> tuple[int, list[Projections]]:
     linears: dict[Path, tuple[int, int]] = {}
     for key, module in mlp.named_modules():
         if original_class(module) is nn.Linear:
-            linears[tuple(key.split("."))] = tuple(module.weight.shape)  # type: ignore[assignment,arg-type]
+            linears[tuple(key.split("."))] = tuple(module.weight.shape)
         elif any(True for _ in module.parameters(recurse=False)):
             kind = original_class(module).__name__
             raise Refused(f"{name} has weights in a {kind}; the kernel takes nn.Linear alone")
@@ -57,7 +57,7 @@ def candidates(mlp: nn.Module) -> tuple[int, list[Projections]]:
     for paths in permutations(linears):
         shapes = [linears[path] for path in paths]
         if len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2][::-1]:
-            found.append(Projections(*paths, *shapes[0]))  # type: ignore[call-arg]
+            found.append(Projections(paths[0], paths[1], paths[2], *shapes[0]))
         elif len(shapes) == 2 and shapes[0] == (2 * shapes[1][1], shapes[1][0]):
             found.append(Projections(paths[0], None, paths[1], shapes[1][1], shapes[1][0]))
     if not found:
@@ -97,9 +97,7 @@ def _find(
     output = module.eval()(x)
     if type(output) is not Tensor:
         raise _WrongResult(f"{name} returns a {type(output).__name__}")
-    for roles, gate_first, activation in product(
-        projections, (True, False), reference.ACTIVATIONS
-    ):
+    for roles, gate_first, activation in product(projections, (True, False), reference.ACTIVATIONS):
         if roles.up is not None and not gate_first:
             continue
         found = FoundMLP(roles.gate, roles.up, roles.down, gate_first, activation)

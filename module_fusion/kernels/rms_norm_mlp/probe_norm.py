@@ -30,9 +30,7 @@ class FoundNorm(NamedTuple):
     norm: str
 
 
-def prove(
-    norm: nn.Module, hidden: int, dtype: torch.dtype, device: torch.device
-) -> FoundNorm:
+def prove(norm: nn.Module, hidden: int, dtype: torch.dtype, device: torch.device) -> FoundNorm:
     """Find the RMSNorm that a module is, at its real size and on its device.
 
     The device matters: `nn.RMSNorm` rounds elsewhere on a GPU than on a CPU.

@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
 
     def options(self, norm: nn.Module) -> Options:
         """What is computed, with the epsilon that the norm has now."""
-        eps = getattr(norm, self.eps) if type(self.eps) is str else self.eps
+        eps = getattr(norm, self.eps) if isinstance(self.eps, str) else self.eps
         return Options(eps, self.norm, self.activation, self.gate_first)
 
 

@@ -119,5 +119,5 @@ def relative_error(value: Tensor, truth: Tensor) -> Tensor:
     if value.shape != truth.shape:
         return torch.full((1,), torch.inf)
     wide = truth.double()
-    error = (value.double() - wide).norm(dim=-1) / wide.norm(dim=-1)
+    error: Tensor = (value.double() - wide).norm(dim=-1) / wide.norm(dim=-1)
     return error.nan_to_num(torch.inf, torch.inf)

@@ -15,10 +15,9 @@ def scaled(normalised, weight, NORM: tl.constexpr, dtype: tl.constexpr):
     """The output of the norm, in `dtype`, from the normalised value and the weight in float32."""
     if NORM == "early":
         return (normalised.to(dtype).to(tl.float32) * weight).to(dtype)
-    elif NORM == "one_plus":
+    if NORM == "one_plus":
         return (normalised * (1.0 + weight)).to(dtype)
-    else:
-        return (normalised * weight).to(dtype)
+    return (normalised * weight).to(dtype)
 
 
 @triton.jit
@@ -47,8 +46,7 @@ def _times_sigmoid(x, t, EXACT: tl.constexpr):
     """`x * sigmoid(t)`; float32 tensors need the exact form, half precision rounds more anyway."""
     if EXACT:
         return tl.div_rn(x, 1.0 + _exp(-t))
-    else:
-        return x / (1.0 + tl.exp(-t))
+    return x / (1.0 + tl.exp(-t))
 
 
 @triton.jit
@@ -59,10 +57,9 @@ def activation(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     """
     if ACT == "silu":
         return _times_sigmoid(g, g, EXACT)
-    elif ACT == "gelu_tanh":
+    if ACT == "gelu_tanh":
         return _times_sigmoid(g, 1.5957691216057308 * (g + 0.044715 * g * g * g), EXACT)
-    else:
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
 
 
 @triton.jit
@@ -84,10 +81,9 @@ def activation_derivative(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     if ACT == "silu":
         s, rest = _sigmoid_and_rest(g, EXACT)
         return s * (1.0 + g * rest)
-    elif ACT == "gelu_tanh":
+    if ACT == "gelu_tanh":
         t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         s, rest = _sigmoid_and_rest(t, EXACT)
         return s * (1.0 + g * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
-    else:
-        density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
-        return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
+    density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density

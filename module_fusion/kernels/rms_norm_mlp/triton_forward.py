@@ -44,9 +44,7 @@ def _rms_norm(
 
 
 @triton.jit
-def _gated(
-    gate_MI, up_MI, y_MI, stride_gate, stride_up, I, ACT: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gated(gate_MI, up_MI, y_MI, stride_gate, stride_up, I, ACT: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(I, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -62,16 +60,14 @@ def _gated(
 def _accumulate(acc, h, w, ONE_ROW: tl.constexpr):
     if ONE_ROW:
         return acc + w.to(tl.float32) * h.to(tl.float32)
-    else:
-        return tl.dot(h, tl.trans(w), acc)
+    return tl.dot(h, tl.trans(w), acc)
 
 
 @triton.jit
 def _total(acc, ONE_ROW: tl.constexpr):
     if ONE_ROW:
         return tl.sum(acc, 1)[None, :]
-    else:
-        return acc
+    return acc
 
 
 @triton.jit
@@ -94,7 +90,9 @@ def _skinny_gate_up(
             x = tl.load(x_MH + start + hs, mask=start + hs < H, other=0.0).to(tl.float32)
             squares += x * x
         rstd = reciprocal_root(tl.sum(squares, 0), H, eps)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(I, BLOCK_I), tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(I, BLOCK_I), tl.num_programs(0), flatten=FLATTEN
+    ):
         i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
         rows = i.to(tl.int64)[:, None] * H
         if ONE_ROW:
@@ -141,7 +139,9 @@ def _skinny_down(
     """The down projection for all tokens and some columns."""
     ONE_ROW: tl.constexpr = BLOCK_M == 1
     m = tl.arange(0, BLOCK_M)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.num_programs(0), flatten=FLATTEN
+    ):
         h = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         rows = h.to(tl.int64)[:, None] * I
         if ONE_ROW:
