@@ -37,7 +37,7 @@ from transformers.models.t5 import modeling_t5 as t5
 
 from module_fusion.kernels.rms_norm_mlp import recipe
 from module_fusion.kernels.rms_norm_mlp.layers import RMSNormMLP
-from module_fusion.kernels.rms_norm_mlp.recipe import Recipe, prepare
+from module_fusion.kernels.rms_norm_mlp.recipe import prepare
 
 H, I = 64, 160  # noqa: E741
 SIZES = {"hidden_size": H, "intermediate_size": I}

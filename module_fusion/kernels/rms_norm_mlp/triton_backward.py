@@ -18,6 +18,7 @@ from torch import Tensor
 from .reference import Options, Weights
 from .triton_common import activation, activation_derivative
 from .triton_forward import halves, norm_launch, rms_norm, rows
+from .triton_launch import launch
 
 _ACTIVATION_BLOCK = 1024
 # Partial sums of the weight's gradient: enough programs to fill a GPU, few enough to add up.
@@ -104,9 +105,10 @@ def _rms_norm_gradients(
     if need_dw:
         dw_PH = torch.empty((programs, H), dtype=torch.float32, device=x_MH.device)
     block, warps = norm_launch(H)
-    _rms_norm_backward[(programs,)](
-        dy_MH, x_MH, weight, rstd_M, dx_MH, dw_PH, x_MH.stride(0), M, H,
-        weight is not None, options.norm, need_dx, need_dw, block, num_warps=warps,
+    launch(
+        _rms_norm_backward, programs,
+        (dy_MH, x_MH, weight, rstd_M, dx_MH, dw_PH, x_MH.stride(0), M, H),
+        (weight is not None, options.norm, need_dx, need_dw, block), warps,
     )  # fmt: skip
     dw = None if dw_PH is None else dw_PH.sum(0).to(x_MH.dtype)
     return dx_MH, dw
@@ -182,9 +184,12 @@ def _gated_gradients(
     else:
         dgate_MI, dup_MI = torch.empty_like(dproduct_MI), torch.empty_like(dproduct_MI)
     block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
-    _gated_backward[(M * triton.cdiv(I, block),)](
-        dproduct_MI, gate_MI, up_MI, product_MI, dgate_MI, dup_MI,
-        gate_MI.stride(0), up_MI.stride(0), dgate_MI.stride(0), dup_MI.stride(0), I,
-        options.activation, block,
+    launch(
+        _gated_backward, M * triton.cdiv(I, block),
+        (
+            dproduct_MI, gate_MI, up_MI, product_MI, dgate_MI, dup_MI,
+            gate_MI.stride(0), up_MI.stride(0), dgate_MI.stride(0), dup_MI.stride(0), I,
+        ),
+        (options.activation, block),
     )  # fmt: skip
     return product_MI, (both if merged else dgate_MI), dup_MI

@@ -17,6 +17,7 @@ from torch import Tensor
 from .configs import Skinny, skinny
 from .reference import Options, Weights, gate_and_up
 from .triton_common import activation, reciprocal_root, scaled
+from .triton_launch import launch
 
 # One launch covers at most 2^31 - 1 programs, and a program this many values of a row.
 _ACTIVATION_BLOCK = 2048
@@ -180,9 +181,9 @@ def rms_norm(
     M, H = x_MH.shape
     y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
     block, warps = norm_launch(H)
-    _rms_norm[(M,)](
-        x_MH, weight, y_MH, rstd_M, x_MH.stride(0), H, options.eps,
-        weight is not None, options.norm, rstd_M is not None, block, num_warps=warps,
+    launch(
+        _rms_norm, M, (x_MH, weight, y_MH, rstd_M, x_MH.stride(0), H, options.eps),
+        (weight is not None, options.norm, rstd_M is not None, block), warps,
     )  # fmt: skip
     return y_MH
 
@@ -192,9 +193,10 @@ def gated(gate_MI: Tensor, up_MI: Tensor, activation: str) -> Tensor:
     M, I = gate_MI.shape
     y_MI = torch.empty((M, I), dtype=gate_MI.dtype, device=gate_MI.device)
     block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
-    _gated[(M * triton.cdiv(I, block),)](
-        gate_MI, up_MI, y_MI, gate_MI.stride(0), up_MI.stride(0), I, activation, block
-    )
+    launch(
+        _gated, M * triton.cdiv(I, block),
+        (gate_MI, up_MI, y_MI, gate_MI.stride(0), up_MI.stride(0), I), (activation, block),
+    )  # fmt: skip
     return y_MI
 
 
@@ -265,20 +267,30 @@ def _few_tokens(x_MH: Tensor, weights: Weights, options: Options, config: Skinny
     if M > 1:
         x_MH = rms_norm(x_MH, weights.norm, options)
     product_MI = torch.empty((M, I), dtype=x_MH.dtype, device=x_MH.device)
-    _skinny_gate_up[(config.gate_up.programs(I),)](
-        x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI,
-        x_MH.stride(0), M, H, I, options.eps,
-        weights.norm is not None, options.norm, options.activation,
-        gate_bias is not None, up_bias is not None,
-        config.tokens, config.gate_up.columns, config.gate_up.depth,
-        config.gate_up.stages, config.gate_up.flatten, num_warps=config.gate_up.warps,
+    launch(
+        _skinny_gate_up, config.gate_up.programs(I),
+        (
+            x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI,
+            x_MH.stride(0), M, H, I, options.eps,
+        ),
+        (
+            weights.norm is not None, options.norm, options.activation,
+            gate_bias is not None, up_bias is not None,
+            config.tokens, config.gate_up.columns, config.gate_up.depth,
+            config.gate_up.stages, config.gate_up.flatten,
+        ),
+        config.gate_up.warps,
     )  # fmt: skip
     y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
-    _skinny_down[(config.down.programs(H),)](
-        product_MI, weights.down, weights.down_bias, y_MH, M, I, H,
-        weights.down_bias is not None,
-        config.tokens, config.down.columns, config.down.depth,
-        config.down.stages, config.down.flatten, num_warps=config.down.warps,
+    launch(
+        _skinny_down, config.down.programs(H),
+        (product_MI, weights.down, weights.down_bias, y_MH, M, I, H),
+        (
+            weights.down_bias is not None,
+            config.tokens, config.down.columns, config.down.depth,
+            config.down.stages, config.down.flatten,
+        ),
+        config.down.warps,
     )  # fmt: skip
     return y_MH
 
