@@ -90,8 +90,14 @@ def default(hidden: int, intermediate: int, tokens: int, processors: int) -> Ski
     columns = 16
     while columns > 2 and hidden // columns < 2 * processors - 16:
         columns //= 2
-    down = Stream(columns, 512 if columns == 16 else 1024, 4, 4)
-    return Skinny(1, Stream(4, 1024 if hidden >= 1024 else 256, 4, 5), down)
+    depth = 1024 if hidden >= 2048 else 512 if hidden >= 512 else 256
+    down_depth = 512 if columns == 16 else 1024
+    # More stages than steps take shared memory, and with it programs, for nothing.
+    stages, down_stages = (
+        max(2, min(most, size // step))
+        for most, size, step in ((5, hidden, depth), (4, intermediate, down_depth))
+    )
+    return Skinny(1, Stream(4, depth, 4, stages), Stream(columns, down_depth, 4, down_stages))
 
 
 def skinny(x_MH: Tensor, weights: Weights) -> Skinny | None:
