@@ -27,7 +27,7 @@ from rms_norm_mlp_cases import (
 from torch import Tensor, nn
 
 from module_fusion.kernels.rms_norm_mlp import _ops, cpu, reference
-from module_fusion.kernels.rms_norm_mlp._triton import INTERPRETED
+from module_fusion.kernels.rms_norm_mlp._triton import INTERPRETED, can_run_triton
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -239,16 +239,89 @@ def test_captured_in_a_cuda_graph(tokens: int) -> None:
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cpu_norm_has_the_bits_of_the_formula(norm: str, dtype: torch.dtype) -> None:
+def test_the_norm_has_the_bits_of_the_formula(device: str, norm: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(64, 96).to(dtype), torch.randn(96).to(dtype)
-    ours = cpu.rms_norm(x, weight, 1e-5, norm)
+    x, weight = torch.randn(64, 96).to(device, dtype), torch.randn(96).to(device, dtype)
+    if can_run_triton(x.device):
+        options = reference.Options(1e-5, norm, "silu")
+        ours = _ops.triton_forward.rms_norm(x, weight, options)
+    else:
+        ours = cpu.rms_norm(x, weight, 1e-5, norm)
     theirs = reference.rms_norm(x, weight, 1e-5, norm)
     truth = reference.rms_norm(x.double(), weight.double(), 1e-5, norm)
     assert_as_exact(norm, ours, theirs, truth, ours.numel())
+    # The order of a sum changes the rounding of a few values; another rounding point of many.
     assert (ours == theirs).float().mean() > 0.99 or dtype == torch.float32
+
+
+POINTERS = ("x", "dy", "y", "w", "norm", "gate", "up", "down", "bias", "rstd", "dx", "dw",
+            "product", "dproduct", "dgate", "dup", "gate_bias", "up_bias")  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels that are interpreted are not compiled")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        ("_rms_norm", {"HAS_WEIGHT": True, "NORM": "early", "SAVE": True, "BLOCK": 1024}),
+        ("_rms_norm", {"HAS_WEIGHT": False, "NORM": "late", "SAVE": False, "BLOCK": 1024}),
+        ("_gated", {"ACT": "silu", "BLOCK": 1024}),
+        ("_gated", {"ACT": "gelu_tanh", "BLOCK": 1024}),
+        ("_gated", {"ACT": "gelu", "BLOCK": 1024}),
+        ("_gated_backward", {"ACT": "silu", "BLOCK": 1024}),
+        ("_gated_backward", {"ACT": "gelu_tanh", "BLOCK": 1024}),
+        (
+            "_rms_norm_backward",
+            {"HAS_WEIGHT": True, "NORM": "one_plus", "NEED_DX": True, "NEED_DW": True, "BLOCK": 64},
+        ),
+        *(
+            (
+                "_skinny_gate_up",
+                {
+                    "HAS_WEIGHT": True, "NORM": "early", "ACT": "silu", "HAS_GATE_BIAS": bias,
+                    "HAS_UP_BIAS": bias, "BLOCK_M": tokens, "BLOCK_I": 16, "BLOCK_H": 256,
+                    "STAGES": 3, "FLATTEN": bias,
+                },
+            )
+            for tokens, bias in ((1, False), (16, True))
+        ),
+        *(
+            (
+                "_skinny_down",
+                {
+                    "HAS_BIAS": bias, "BLOCK_M": tokens, "BLOCK_H": 16, "BLOCK_I": 256,
+                    "STAGES": 3, "FLATTEN": bias,
+                },
+            )
+            for tokens, bias in ((1, True), (16, False))
+        ),
+    ],
+)  # fmt: skip
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(
+    kernel: str, constants: dict[str, Any], dtype: str
+) -> None:
+    """The interpreter runs what the compiler refuses; this needs no GPU and no driver."""
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    if kernel.startswith("_skinny") and dtype == "fp32":
+        pytest.skip("float32 takes cuBLAS")
+    module = _ops.triton_forward
+    function = getattr(module, kernel, None) or getattr(_ops.triton_backward, kernel)
+    types = {}
+    for name in function.arg_names:
+        stem, _, shape = name.rpartition("_")
+        if name in constants:
+            types[name] = "constexpr"
+        elif stem in POINTERS and shape.isupper():
+            types[name] = "*fp32" if stem in ("rstd", "dw") else f"*{dtype}"
+        else:
+            types[name] = "fp32" if name == "eps" else "i32"
+    source = compiler.ASTSource(function, types, constants)
+    assert compiler.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the process started below")

@@ -136,7 +136,7 @@ def backward(
     """
     need_x, need_norm, need_gate, need_up, need_down, need_gate_bias, need_up_bias = needs[:7]
     dy_MH, x_MH = rows(dy), rows(x)
-    # A zero stride, as from sum().backward(), is no matrix to cuBLAS.
+    # A zero stride, as from sum().backward(), is no matrix to cuBLAS: each product would copy it.
     dy_MH = dy_MH if dy_MH.is_contiguous() else dy_MH.contiguous()
     found: list[Tensor | None] = [None] * 8
     if needs[7]:

@@ -1,7 +1,8 @@
 """Arithmetic that the Triton kernels share.
 
 Values are computed in float32 and rounded to the dtype of the tensors where the Hugging Face
-modules round, see `reference.py`.
+modules round, see `reference.py`. Each function has one `return`: Triton compiles whatever
+follows an `if` that returns, also where the condition is known.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import triton.language as tl
 def scaled(normalised, weight, NORM: tl.constexpr, dtype: tl.constexpr):
     """The output of the norm, in `dtype`, from the normalised value and the weight in float32."""
     if NORM == "early":
-        return (normalised.to(dtype).to(tl.float32) * weight).to(dtype)
-    if NORM == "one_plus":
-        return (normalised * (1.0 + weight)).to(dtype)
+        normalised = normalised.to(dtype).to(tl.float32)
+    elif NORM == "one_plus":
+        weight += 1.0
     return (normalised * weight).to(dtype)
 
 
@@ -45,8 +46,10 @@ def _exp(x):
 def _times_sigmoid(x, t, EXACT: tl.constexpr):
     """`x * sigmoid(t)`; float32 tensors need the exact form, half precision rounds more anyway."""
     if EXACT:
-        return tl.div_rn(x, 1.0 + _exp(-t))
-    return x / (1.0 + tl.exp(-t))
+        y = tl.div_rn(x, 1.0 + _exp(-t))
+    else:
+        y = x / (1.0 + tl.exp(-t))
+    return y
 
 
 @triton.jit
@@ -56,10 +59,12 @@ def activation(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     `0.5 * (1 + tanh(u))` is `sigmoid(2 * u)`, which does not cancel for negative `u`.
     """
     if ACT == "silu":
-        return _times_sigmoid(g, g, EXACT)
-    if ACT == "gelu_tanh":
-        return _times_sigmoid(g, 1.5957691216057308 * (g + 0.044715 * g * g * g), EXACT)
-    return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+        y = _times_sigmoid(g, g, EXACT)
+    elif ACT == "gelu_tanh":
+        y = _times_sigmoid(g, 1.5957691216057308 * (g + 0.044715 * g * g * g), EXACT)
+    else:
+        y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    return y
 
 
 @triton.jit
@@ -80,10 +85,12 @@ def activation_derivative(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     """The derivative of `activation` at `g`, in float32."""
     if ACT == "silu":
         s, rest = _sigmoid_and_rest(g, EXACT)
-        return s * (1.0 + g * rest)
-    if ACT == "gelu_tanh":
+        slope = s * (1.0 + g * rest)
+    elif ACT == "gelu_tanh":
         t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         s, rest = _sigmoid_and_rest(t, EXACT)
-        return s * (1.0 + g * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
-    density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
+        slope = s * (1.0 + g * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
+    else:
+        density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        slope = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
+    return slope

@@ -60,15 +60,19 @@ def _gated(gate_MI, up_MI, y_MI, stride_gate, stride_up, I, ACT: tl.constexpr, B
 @triton.jit
 def _accumulate(acc, h, w, ONE_ROW: tl.constexpr):
     if ONE_ROW:
-        return acc + w.to(tl.float32) * h.to(tl.float32)
-    return tl.dot(h, tl.trans(w), acc)
+        acc += w.to(tl.float32) * h.to(tl.float32)
+    else:
+        acc = tl.dot(h, tl.trans(w), acc)
+    return acc
 
 
 @triton.jit
 def _total(acc, ONE_ROW: tl.constexpr):
     if ONE_ROW:
-        return tl.sum(acc, 1)[None, :]
-    return acc
+        total = tl.sum(acc, 1)[None, :]
+    else:
+        total = acc
+    return total
 
 
 @triton.jit
