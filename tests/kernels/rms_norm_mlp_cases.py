@@ -41,15 +41,25 @@ class Seat(nn.Module):
         return reference.rms_norm_mlp(x, weights, self.prepared.options(self.norm))
 
 
+class UpFirstMLP(Phi3MLP):
+    """As Phi3MLP, with the halves of the merged projection the other way round."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up, gate = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        output: Tensor = self.down_proj(up * self.activation_fn(gate))
+        return output
+
+
 def mlp_of(hidden: int, intermediate: int, **options: Any) -> nn.Module:
-    """A LlamaMLP, or with `merged=True` a Phi3MLP."""
+    """A LlamaMLP, with `merged=True` a Phi3MLP, with `merged="up first"` an UpFirstMLP."""
     config = SimpleNamespace(
         hidden_size=hidden,
         intermediate_size=intermediate,
         mlp_bias=options.get("bias", False),
         hidden_act=HIDDEN_ACTS[options.get("activation", "silu")],
     )
-    return Phi3MLP(config) if options.get("merged") else LlamaMLP(config)
+    classes = {False: LlamaMLP, True: Phi3MLP, "up first": UpFirstMLP}
+    return classes[options.get("merged", False)](config)
 
 
 def members(

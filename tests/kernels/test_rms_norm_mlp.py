@@ -51,7 +51,7 @@ variants = st.fixed_dictionaries(
         "norm": st.sampled_from(sorted(NORMS)),
         "activation": st.sampled_from(sorted(HIDDEN_ACTS)),
         "bias": st.booleans(),
-        "merged": st.booleans(),
+        "merged": st.sampled_from([False, True, "up first"]),
         "scale": st.sampled_from([1.0, 0.01, 4.0]),
     }
 )
@@ -135,11 +135,13 @@ def test_only_the_wanted_gradients_are_given(device: str, dtype: torch.dtype, fr
         wanted.requires_grad_()
     x, dy = torch.randn(2, 5, 32).to(device, dtype)
     assert_gradients(seat, x, dy, seat)
+    # The operator returns the wanted ones alone, in a list.
+    assert_gradients(seat, x, dy, torch.compile(seat, fullgraph=True, backend="aot_eager"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("merged", [False, True])
-def test_no_tensor_of_the_caller_is_written_to(device: str, merged: bool) -> None:
+@pytest.mark.parametrize("merged", [False, True, "up first"])
+def test_no_tensor_of_the_caller_is_written_to(device: str, merged: bool | str) -> None:
     torch.manual_seed(0)
     norm, mlp = members(32, 48, torch.bfloat16, device, merged=merged)
     seat = Seat(norm, mlp)
@@ -195,8 +197,10 @@ def test_second_derivatives_are_those_of_the_members(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("merged", [False, True])
-def test_compiled_whole_forward_and_backward(device: str, dtype: torch.dtype, merged: bool) -> None:
+@pytest.mark.parametrize("merged", [False, True, "up first"])
+def test_compiled_whole_forward_and_backward(
+    device: str, dtype: torch.dtype, merged: bool | str
+) -> None:
     torch.manual_seed(0)
     norm, mlp = members(32, 48, dtype, device, merged=merged, bias=not merged)
     seat = Seat(norm, mlp)
