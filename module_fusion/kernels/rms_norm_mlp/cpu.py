@@ -1,0 +1,36 @@
+"""The path from torch's own operations: CPU tensors, and whatever the GPU kernels do not take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reference import Options, Weights, activate, gate_and_up
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: str) -> Tensor:
+    """RMSNorm of `x`, `(..., hidden)`, in fewer operations than the modules take.
+
+    `F.rms_norm` is called in float32 and mostly without the weight, because where it rounds
+    half precision differs between devices and versions of torch.
+    """
+    shape = x.shape[-1:]
+    if weight is None:
+        return F.rms_norm(x.float(), shape, None, eps).to(x.dtype)
+    if norm == "early":
+        return F.rms_norm(x.float(), shape, None, eps).to(x.dtype) * weight
+    scale = weight.float() + 1.0 if norm == "one_plus" else weight.float()
+    return F.rms_norm(x.float(), shape, scale, eps).to(x.dtype)
+
+
+def rms_norm_mlp(x: Tensor, weights: Weights, options: Options) -> Tensor:
+    """`mlp(norm(x))` for `x` of shape `(..., hidden)`."""
+    h = rms_norm(x, weights.norm, options.eps, options.norm)
+    gate, up = gate_and_up(h, weights, options.gate_first)
+    activated = activate(gate, options.activation)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        product = activated * up
+    else:
+        product = activated.mul_(up)
+    return F.linear(product, weights.down, weights.down_bias)

@@ -1,0 +1,175 @@
+"""Which gated MLP a module computes, by running small copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import permutations, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .stand_in import Refused, original_class, probing, relative_error, stand_in
+
+# In float64: above what a cast to float32 inside the module costs (6e-8), and far below what
+# exact and tanh GELU differ by (1e-4), the nearest two of the candidates.
+_SAME = 2e-6
+_TINY = (8, 12)
+_MOST_REAL_WEIGHTS = 2**25
+
+Path = tuple[str, ...]
+
+
+class Projections(NamedTuple):
+    """One way to tell the Linear layers apart. `up` is None where `gate` holds both."""
+
+    gate: Path
+    up: Path | None
+    down: Path
+    intermediate: int
+    hidden: int
+
+
+class FoundMLP(NamedTuple):
+    """The paths of the projections and what is computed with them."""
+
+    gate: Path
+    up: Path | None
+    down: Path
+    gate_first: bool
+    activation: str
+
+
+def candidates(mlp: nn.Module) -> tuple[int, list[Projections]]:
+    """The hidden size and every assignment of roles that the shapes allow."""
+    name = original_class(mlp).__name__
+    linears: dict[Path, tuple[int, int]] = {}
+    for key, module in mlp.named_modules():
+        if original_class(module) is nn.Linear:
+            linears[tuple(key.split("."))] = tuple(module.weight.shape)
+        elif any(True for _ in module.parameters(recurse=False)):
+            kind = original_class(module).__name__
+            raise Refused(f"{name} has weights in a {kind}; the kernel takes nn.Linear alone")
+        if any(True for _ in module.buffers(recurse=False)):
+            raise Refused(f"{name} has buffers; the kernel computes with its weights alone")
+    found = []
+    for paths in permutations(linears):
+        shapes = [linears[path] for path in paths]
+        if len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2][::-1]:
+            found.append(Projections(paths[0], paths[1], paths[2], *shapes[0]))
+        elif len(shapes) == 2 and shapes[0] == (2 * shapes[1][1], shapes[1][0]):
+            found.append(Projections(paths[0], None, paths[1], shapes[1][1], shapes[1][0]))
+    if not found:
+        listed = ", ".join(f"{'.'.join(path)} {shape}" for path, shape in linears.items())
+        raise Refused(
+            f"the Linear layers of {name} form no gate, up and down projection: {listed or 'none'}"
+        )
+    return found[0].hidden, found
+
+
+def prove(mlp: nn.Module, projections: list[Projections], dtype: torch.dtype) -> FoundMLP:
+    """Find the roles and the activation for which the formula is what the module computes."""
+    try:
+        with probing(mlp):
+            return _find(mlp, projections, dtype, real=False)
+    except _WrongResult:
+        raise
+    except Refused:
+        # A forward may name its real sizes.
+        if sum(parameter.numel() for parameter in mlp.parameters()) > _MOST_REAL_WEIGHTS:
+            raise
+        with probing(mlp):
+            return _find(mlp, projections, dtype, real=True)
+
+
+class _WrongResult(Refused):
+    """The module ran and computed something else."""
+
+
+def _find(
+    mlp: nn.Module, projections: list[Projections], dtype: torch.dtype, *, real: bool
+) -> FoundMLP:
+    name = original_class(mlp).__name__
+    sizes = _sizes(projections[0], real)
+    x = _rows((0.1, 1.0, 10.0, 1000.0), sizes[projections[0].hidden], torch.float64)
+    module = _stand_in(mlp, sizes, torch.float64)
+    output = module.eval()(x)
+    if type(output) is not Tensor:
+        raise _WrongResult(f"{name} returns a {type(output).__name__}")
+    for roles, gate_first, activation in product(projections, (True, False), reference.ACTIVATIONS):
+        if roles.up is not None and not gate_first:
+            continue
+        found = FoundMLP(roles.gate, roles.up, roles.down, gate_first, activation)
+        if (relative_error(output, _formula(module, found, x)) < _SAME).all():
+            break
+    else:
+        raise _WrongResult(
+            f"{name} computes something else than down(act(gate(x)) * up(x)) with SiLU or GELU"
+        )
+    if not torch.equal(module.train()(x), output):
+        raise _WrongResult(f"{name} computes something else in training mode, such as a dropout")
+    _check_rounding(name, _stand_in(mlp, sizes, dtype), found, sizes[projections[0].hidden])
+    return found
+
+
+def _check_rounding(name: str, module: nn.Module, found: FoundMLP, hidden: int) -> None:
+    """Refuse a module that is more exact in its dtype than the formula with its roundings."""
+    dtype = next(module.parameters()).dtype
+    x = _rows((0.1, 1.0, 3.0), hidden, dtype, count=32)
+    output, own = module.eval()(x), _formula(module, found, x)
+    truth = _formula(module.double(), found, x.double())
+    error, own_error = ((value.double() - truth).norm() / truth.norm() for value in (output, own))
+    if output.dtype != dtype or not own_error <= 1.05 * error + 0.05 * torch.finfo(dtype).eps:
+        raise _WrongResult(f"{name} rounds {dtype} elsewhere, or less often, than the MLPs known")
+
+
+def _formula(module: nn.Module, found: FoundMLP, x: Tensor) -> Tensor:
+    gate = module.get_submodule(".".join(found.gate))
+    down = module.get_submodule(".".join(found.down))
+    up = None if found.up is None else module.get_submodule(".".join(found.up))
+    weights = reference.Weights(
+        None,
+        gate.weight,  # type: ignore[arg-type]
+        None if up is None else up.weight,  # type: ignore[arg-type]
+        down.weight,  # type: ignore[arg-type]
+        gate.bias,  # type: ignore[arg-type]
+        None if up is None else up.bias,  # type: ignore[arg-type]
+        down.bias,  # type: ignore[arg-type]
+    )
+    options = reference.Options(0.0, "late", found.activation, found.gate_first)
+    return reference.gated_mlp(x, weights, options)
+
+
+def _sizes(roles: Projections, real: bool) -> dict[int, int]:
+    """What each size of the module is in its stand-in."""
+    hidden, intermediate = roles.hidden, roles.intermediate
+    small = (hidden, intermediate) if real else _TINY
+    if hidden == intermediate:
+        small = (small[0], small[0])
+    elif hidden == 2 * intermediate:
+        small = (2 * small[1], small[1])
+    return {2 * intermediate: 2 * small[1], intermediate: small[1], hidden: small[0]}
+
+
+def _stand_in(mlp: nn.Module, sizes: dict[int, int], dtype: torch.dtype) -> nn.Module:
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def parameter(path: Path, old: Tensor) -> Tensor:
+        shape = [sizes[size] for size in old.shape]
+        scale = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 else 1.0
+        value = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64) * scale
+        return value.to(dtype)
+
+    def attribute(value: Any) -> Any:
+        return sizes.get(value, value) if type(value) is int else value
+
+    return stand_in(mlp, parameter, attribute)
+
+
+def _rows(scales: tuple[float, ...], hidden: int, dtype: torch.dtype, count: int = 4) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(1)
+    rows: Callable[[], Tensor] = lambda: torch.randn(  # noqa: E731
+        (count, hidden), generator=generator, device="cpu", dtype=torch.float64
+    )
+    return torch.cat([rows() * scale for scale in scales]).to(dtype)

@@ -1,0 +1,305 @@
+"""The forward pass on NVIDIA GPUs.
+
+Shapes: M tokens, H hidden, I intermediate, J either of them; x_MH is a tensor of M rows of H.
+
+Few tokens: two kernels that stream the weights once, the norm inside the first (one token) or
+before it. Many tokens, float32, or weights that are not contiguous: a norm kernel, cuBLAS, an
+activation kernel, cuBLAS. cuBLAS follows the caller's own TF32 setting, as the modules do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Skinny, skinny
+from .reference import Options, Weights, gate_and_up
+from .triton_common import activation, reciprocal_root, scaled
+from .triton_launch import launch
+
+# One launch covers at most 2^31 - 1 programs, and a program this many values of a row.
+_ACTIVATION_BLOCK = 2048
+
+
+@triton.jit
+def _rms_norm(
+    x_MH, w_H, y_MH, rstd_M, stride_x, H, eps,
+    HAS_WEIGHT: tl.constexpr, NORM: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK)
+    inside = h < H
+    x = tl.load(x_MH + row * stride_x + h, mask=inside, other=0.0).to(tl.float32)
+    rstd = reciprocal_root(tl.sum(x * x, 0), H, eps)
+    dtype = y_MH.dtype.element_ty
+    if HAS_WEIGHT:
+        weight = tl.load(w_H + h, mask=inside, other=0.0).to(tl.float32)
+        y = scaled(x * rstd, weight, NORM, dtype)
+    else:
+        y = (x * rstd).to(dtype)
+    tl.store(y_MH + row * H + h, y, mask=inside)
+    if SAVE:
+        tl.store(rstd_M + row, rstd)
+
+
+@triton.jit
+def _gated(gate_MI, up_MI, y_MI, stride_gate, stride_up, I, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(I, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < I
+    gate = tl.load(gate_MI + row * stride_gate + i, mask=inside, other=0.0)
+    up = tl.load(up_MI + row * stride_up + i, mask=inside, other=0.0)
+    activated = activation(gate.to(tl.float32), ACT, gate.dtype == tl.float32).to(gate.dtype)
+    y = activated.to(tl.float32) * up.to(tl.float32)
+    tl.store(y_MI + row * I + i, y.to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _accumulate(acc, h, w, ONE_ROW: tl.constexpr):
+    if ONE_ROW:
+        acc += w.to(tl.float32) * h.to(tl.float32)
+    else:
+        acc = tl.dot(h, tl.trans(w), acc)
+    return acc
+
+
+@triton.jit
+def _total(acc, ONE_ROW: tl.constexpr):
+    if ONE_ROW:
+        total = tl.sum(acc, 1)[None, :]
+    else:
+        total = acc
+    return total
+
+
+@triton.jit
+def _skinny_gate_up(
+    x_MH, norm_H, gate_IH, up_IH, gate_bias_I, up_bias_I, y_MI, stride_x, M, H, I, eps,
+    HAS_WEIGHT: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Gate, up and activation for all tokens and some columns; with one token the norm too."""
+    ONE_ROW: tl.constexpr = BLOCK_M == 1
+    dtype = y_MI.dtype.element_ty
+    m = tl.arange(0, BLOCK_M)
+    hs = tl.arange(0, BLOCK_H)
+    rstd = 1.0
+    if ONE_ROW:
+        squares = tl.zeros((BLOCK_H,), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            x = tl.load(x_MH + start + hs, mask=start + hs < H, other=0.0).to(tl.float32)
+            squares += x * x
+        rstd = reciprocal_root(tl.sum(squares, 0), H, eps)
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(I, BLOCK_I), tl.num_programs(0), flatten=FLATTEN
+    ):
+        i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+        rows = i.to(tl.int64)[:, None] * H
+        if ONE_ROW:
+            gate = tl.zeros((BLOCK_I, BLOCK_H), tl.float32)
+            up = tl.zeros((BLOCK_I, BLOCK_H), tl.float32)
+        else:
+            gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+        for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+            h = start + hs
+            inside = (i < I)[:, None] & (h < H)[None, :]
+            w_gate = tl.load(gate_IH + rows + h[None, :], mask=inside, other=0.0)
+            w_up = tl.load(up_IH + rows + h[None, :], mask=inside, other=0.0)
+            x = tl.load(
+                x_MH + m[:, None] * stride_x + h[None, :],
+                mask=(m < M)[:, None] & (h < H)[None, :], other=0.0,
+            )  # fmt: skip
+            if ONE_ROW:
+                normalised = x.to(tl.float32) * rstd
+                if HAS_WEIGHT:
+                    weight = tl.load(norm_H + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+                    x = scaled(normalised, weight, NORM, dtype)
+                else:
+                    x = normalised.to(dtype)
+            gate = _accumulate(gate, x, w_gate, ONE_ROW)
+            up = _accumulate(up, x, w_up, ONE_ROW)
+        g, u = _total(gate, ONE_ROW), _total(up, ONE_ROW)
+        if HAS_GATE_BIAS:
+            g += tl.load(gate_bias_I + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
+        if HAS_UP_BIAS:
+            u += tl.load(up_bias_I + i, mask=i < I, other=0.0).to(tl.float32)[None, :]
+        activated = activation(g.to(dtype).to(tl.float32), ACT, False).to(dtype)
+        y = (activated.to(tl.float32) * u.to(dtype).to(tl.float32)).to(dtype)
+        tl.store(y_MI + m[:, None] * I + i[None, :], y, mask=(m < M)[:, None] & (i < I)[None, :])
+
+
+@triton.jit
+def _skinny_down(
+    x_MI, down_HI, bias_H, y_MH, M, I, H,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """The down projection for all tokens and some columns."""
+    ONE_ROW: tl.constexpr = BLOCK_M == 1
+    m = tl.arange(0, BLOCK_M)
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(H, BLOCK_H), tl.num_programs(0), flatten=FLATTEN
+    ):
+        h = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        rows = h.to(tl.int64)[:, None] * I
+        if ONE_ROW:
+            acc = tl.zeros((BLOCK_H, BLOCK_I), tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
+            i = start + tl.arange(0, BLOCK_I)
+            w = tl.load(
+                down_HI + rows + i[None, :], mask=(h < H)[:, None] & (i < I)[None, :], other=0.0
+            )
+            x = tl.load(
+                x_MI + m[:, None] * I + i[None, :],
+                mask=(m < M)[:, None] & (i < I)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = _accumulate(acc, x, w, ONE_ROW)
+        y = _total(acc, ONE_ROW)
+        if HAS_BIAS:
+            y += tl.load(bias_H + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            y_MH + m[:, None] * H + h[None, :], y.to(y_MH.dtype.element_ty),
+            mask=(m < M)[:, None] & (h < H)[None, :],
+        )  # fmt: skip
+
+
+def norm_launch(hidden: int) -> tuple[int, int]:
+    """Block and warps for a program that holds a row."""
+    block = triton.next_power_of_2(hidden)
+    return block, min(max(block // 512, 1), 16)
+
+
+def rms_norm(
+    x_MH: Tensor, weight: Tensor | None, options: Options, rstd_M: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of rows with unit stride; writes the reciprocal root mean square to `rstd_M`."""
+    M, H = x_MH.shape
+    y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
+    block, warps = norm_launch(H)
+    launch(
+        _rms_norm, M, (x_MH, weight, y_MH, rstd_M, x_MH.stride(0), H, options.eps),
+        (weight is not None, options.norm, rstd_M is not None, block), warps,
+    )  # fmt: skip
+    return y_MH
+
+
+def gated(gate_MI: Tensor, up_MI: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up` of rows with unit stride."""
+    M, I = gate_MI.shape
+    y_MI = torch.empty((M, I), dtype=gate_MI.dtype, device=gate_MI.device)
+    block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
+    launch(
+        _gated, M * triton.cdiv(I, block),
+        (gate_MI, up_MI, y_MI, gate_MI.stride(0), up_MI.stride(0), I), (activation, block),
+    )  # fmt: skip
+    return y_MI
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` as a matrix whose rows have unit stride, copied only if it has to be."""
+    matrix = x.reshape(-1, x.shape[-1])
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def forward(x: Tensor, weights: Weights, options: Options) -> Tensor:
+    """`mlp(norm(x))` without anything kept for a backward pass.
+
+    Args:
+        x: `(..., hidden)`, at least one token.
+
+    Returns:
+        `(..., hidden)`, contiguous.
+    """
+    x_MH = rows(x)
+    config = skinny(x_MH, weights)
+    if config is not None:
+        return _few_tokens(x_MH, weights, options, config).view(x.shape)
+    h_MH = rms_norm(x_MH, weights.norm, options)
+    gate_MI, up_MI = gate_and_up(h_MH, weights, options.gate_first)
+    product_MI = gated(gate_MI, up_MI, options.activation)
+    return torch.nn.functional.linear(product_MI, weights.down, weights.down_bias).view(x.shape)
+
+
+def forward_for_backward(
+    x: Tensor, weights: Weights, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mlp(norm(x))` and what the backward pass needs.
+
+    Returns:
+        The output, the reciprocal root mean square `(tokens,)` in float32, and the gate and up
+        projections; where one layer gives both, that layer's output and an empty tensor.
+    """
+    x_MH = rows(x)
+    rstd_M = torch.empty(x_MH.shape[0], dtype=torch.float32, device=x.device)
+    h_MH = rms_norm(x_MH, weights.norm, options, rstd_M)
+    gate = torch.nn.functional.linear(h_MH, weights.gate, weights.gate_bias)
+    if weights.up is None:
+        up = gate.new_empty(0)
+    else:
+        up = torch.nn.functional.linear(h_MH, weights.up, weights.up_bias)
+    product_MI = gated(*halves(gate, up, options.gate_first), options.activation)
+    y = torch.nn.functional.linear(product_MI, weights.down, weights.down_bias)
+    return y.view(x.shape), rstd_M, gate, up
+
+
+def halves(gate: Tensor, up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up as `forward_for_backward` saves them, apart."""
+    if up.numel():
+        return gate, up
+    first, second = gate.chunk(2, dim=-1)
+    return (first, second) if gate_first else (second, first)
+
+
+def _few_tokens(x_MH: Tensor, weights: Weights, options: Options, config: Skinny) -> Tensor:
+    M, H = x_MH.shape
+    gate_IH, up_IH = weights.gate, weights.up
+    gate_bias, up_bias = weights.gate_bias, weights.up_bias
+    if up_IH is None:
+        gate_IH, up_IH = halves_of_rows(gate_IH, options.gate_first)
+        if gate_bias is not None:
+            gate_bias, up_bias = halves_of_rows(gate_bias, options.gate_first)
+    I = gate_IH.shape[0]
+    if M > 1:
+        x_MH = rms_norm(x_MH, weights.norm, options)
+    product_MI = torch.empty((M, I), dtype=x_MH.dtype, device=x_MH.device)
+    launch(
+        _skinny_gate_up, config.gate_up.programs(I),
+        (
+            x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI,
+            x_MH.stride(0), M, H, I, options.eps,
+        ),
+        (
+            weights.norm is not None, options.norm, options.activation,
+            gate_bias is not None, up_bias is not None,
+            config.tokens, config.gate_up.columns, config.gate_up.depth,
+            config.gate_up.stages, config.gate_up.flatten,
+        ),
+        config.gate_up.warps,
+    )  # fmt: skip
+    y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
+    launch(
+        _skinny_down, config.down.programs(H),
+        (product_MI, weights.down, weights.down_bias, y_MH, M, I, H),
+        (
+            weights.down_bias is not None,
+            config.tokens, config.down.columns, config.down.depth,
+            config.down.stages, config.down.flatten,
+        ),
+        config.down.warps,
+    )  # fmt: skip
+    return y_MH
+
+
+def halves_of_rows(merged: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """The two blocks of rows of a merged weight or bias, gate first."""
+    first, second = merged.detach().chunk(2, dim=0)
+    return (first, second) if gate_first else (second, first)

@@ -1,0 +1,338 @@
+"""The kernel against its members, on every path that this machine has.
+
+With TRITON_INTERPRET=1 the Triton kernels run on CPU tensors. Triton reads that variable when it
+is imported, so one test here runs this file again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from rms_norm_mlp_cases import (
+    HIDDEN_ACTS,
+    NORMS,
+    Seat,
+    assert_as_exact,
+    assert_forward,
+    assert_gradients,
+    members,
+)
+from torch import Tensor, nn
+
+from module_fusion.kernels.rms_norm_mlp import _ops, cpu, reference
+from module_fusion.kernels.rms_norm_mlp._triton import INTERPRETED, can_run_triton
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Shrinking a failure repeats it a thousand times, which takes the interpreter minutes.
+EXAMPLES = settings(
+    max_examples=max(20, settings().max_examples // 40),
+    phases=set(Phase) - ({Phase.shrink, Phase.explain} if INTERPRETED else set()),
+)
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.install()
+
+# With one intermediate value all of the output has one error, GELU's at a point.
+intermediates = st.sampled_from([2, 3, 8, 17, 33, 64, 96])
+sizes = st.sampled_from([1, 2, 3, 8, 17, 33, 64, 96])
+batches = st.sampled_from([(1,), (0,), (1, 1), (2,), (3, 5), (16,), (17,), (2, 0, 3), (2, 3, 7)])
+variants = st.fixed_dictionaries(
+    {
+        "norm": st.sampled_from(sorted(NORMS)),
+        "activation": st.sampled_from(sorted(HIDDEN_ACTS)),
+        "bias": st.booleans(),
+        "merged": st.sampled_from([False, True, "up first"]),
+        "scale": st.sampled_from([1.0, 0.01, 4.0]),
+    }
+)
+layouts = st.sampled_from(["contiguous", "transposed", "expanded", "every other"])
+
+
+def in_layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Tensor:
+    """Random values of a shape in memory that is laid out in some way."""
+    if layout == "transposed":
+        return torch.randn(*reversed(shape)).to(device, dtype).permute(*reversed(range(len(shape))))
+    if layout == "expanded":
+        return torch.randn(shape[-1]).to(device, dtype).expand(shape)
+    if layout == "every other":
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(device, dtype)[..., ::2]
+    return torch.randn(shape).to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@EXAMPLES
+@given(
+    hidden=sizes, intermediate=intermediates, batch=batches, dtype=st.sampled_from(DTYPES),
+    layout=layouts, size=st.sampled_from([1e-4, 1.0, 100.0]), seed=st.integers(0, 99),
+    options=variants,
+)  # fmt: skip
+def test_the_output_is_as_exact_as_that_of_the_members(
+    device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
+    layout: str, size: float, seed: int, options: dict[str, Any],
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    seat = Seat(*members(hidden, intermediate, dtype, device, **options))
+    x = in_layout((*batch, hidden), layout, dtype, device) * size
+    assert_forward(seat, x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@EXAMPLES
+@given(
+    # In rows of one or two values the gradient of x is what a cancellation leaves.
+    hidden=sizes.filter(lambda size: size > 2), intermediate=intermediates, batch=batches,
+    dtype=st.sampled_from(DTYPES), layout=layouts, dy_layout=layouts, seed=st.integers(0, 99),
+    options=variants,
+)  # fmt: skip
+def test_the_gradients_are_as_exact_as_those_of_the_members(
+    device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
+    layout: str, dy_layout: str, seed: int, options: dict[str, Any],
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    seat = Seat(*members(hidden, intermediate, dtype, device, **options))
+    x = in_layout((*batch, hidden), layout, dtype, device)
+    dy = in_layout((*batch, hidden), dy_layout, dtype, device)
+    assert_gradients(seat, x, dy, seat)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("activation", sorted(HIDDEN_ACTS))
+def test_many_values_leave_nothing_to_luck(
+    device: str, dtype: torch.dtype, norm: str, activation: str
+) -> None:
+    torch.manual_seed(0)
+    seat = Seat(*members(192, 320, dtype, device, norm=norm, activation=activation, bias=True))
+    x, dy = torch.randn(2, 64, 192).to(device, dtype), torch.randn(2, 64, 192).to(device, dtype)
+    assert_forward(seat, x)
+    assert_forward(seat, x[:1, :16])
+    assert_gradients(seat, x, dy, seat)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", ["norm", "mlp", "all but down", "all but x"])
+def test_only_the_wanted_gradients_are_given(device: str, dtype: torch.dtype, frozen: str) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(32, 48, dtype, device, bias=True)
+    seat = Seat(norm, mlp)
+    for parameter in seat.weights():
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    wanted = {"norm": mlp, "mlp": norm, "all but down": mlp.down_proj, "all but x": None}[frozen]
+    if isinstance(wanted, nn.Module):
+        wanted.requires_grad_()
+    x, dy = torch.randn(2, 5, 32).to(device, dtype)
+    assert_gradients(seat, x, dy, seat)
+    # The operator returns the wanted ones alone, in a list.
+    assert_gradients(seat, x, dy, torch.compile(seat, fullgraph=True, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("merged", [False, True, "up first"])
+def test_no_tensor_of_the_caller_is_written_to(device: str, merged: bool | str) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(32, 48, torch.bfloat16, device, merged=merged)
+    seat = Seat(norm, mlp)
+    x = torch.randn(5, 32).to(device, torch.bfloat16).requires_grad_()
+    dy = torch.randn(5, 32).to(device, torch.bfloat16)
+    seen = [x, dy, *norm.parameters(), *mlp.parameters()]
+    before = [(tensor.detach().clone(), tensor._version) for tensor in seen]
+    output = seat(x)
+    first = torch.autograd.grad(output, [x, *mlp.parameters()], dy, retain_graph=True)
+    second = torch.autograd.grad(output, [x, *mlp.parameters()], dy)
+    with torch.no_grad():
+        seat(x)
+    for tensor, (value, version) in zip(seen, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+    # What was saved is still what it was, and sums have a fixed order.
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_weights_are_those_of_the_moment(device: str) -> None:
+    norm, mlp = members(16, 24, torch.float32, device)
+    seat = Seat(norm, mlp)
+    x = torch.randn(4, 16, device=device)
+    mlp.up_proj.weight = nn.Parameter(torch.randn(24, 16, device=device))
+    norm.variance_epsilon = 0.5
+    torch.testing.assert_close(seat(x), mlp(norm(x)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_input_that_does_not_fit_is_left_to_the_members(device: str) -> None:
+    norm, mlp = members(16, 24, torch.float32, device)
+    seat = Seat(norm, mlp)
+    one = torch.randn(4, 1, device=device)
+    assert torch.equal(seat(one), mlp(norm(one)))
+    with pytest.raises(RuntimeError, match="must match"):
+        seat(torch.randn(4, 5, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_are_those_of_the_members(device: str) -> None:
+    norm, mlp = members(8, 12, torch.float32, device)
+    seat = Seat(norm, mlp)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    seconds = []
+    for function in (seat, lambda z: mlp(norm(z))):
+        (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.pow(2).sum(), [x, *mlp.parameters()]))
+    for ours, theirs in zip(*seconds, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("merged", [False, True, "up first"])
+def test_compiled_whole_forward_and_backward(
+    device: str, dtype: torch.dtype, merged: bool | str
+) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(32, 48, dtype, device, merged=merged, bias=not merged)
+    seat = Seat(norm, mlp)
+    # Inductor would need minutes for what the operators do outside of it.
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(seat, fullgraph=True, backend=backend)
+    x = torch.randn(2, 3, 32).to(device, dtype)
+    dy = torch.randn(2, 3, 32).to(device, dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), seat(x))
+    assert_gradients(seat, x, dy, compiled)
+
+
+def test_the_gpu_path_is_an_operator_in_a_graph() -> None:
+    norm, mlp = members(16, 24, torch.float32, DEVICES[-1])
+    seat = Seat(norm, mlp)
+    names: list[str] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(seat, fullgraph=True, backend=backend)(torch.randn(2, 16, device=DEVICES[-1]))
+    assert any(name.startswith(_ops.NAMESPACE) for name in names) == seat.prepared.triton
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_captured_in_a_cuda_graph(tokens: int) -> None:
+    norm, mlp = members(256, 512, torch.bfloat16, "cuda")
+    seat = Seat(norm, mlp)
+    x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = seat(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = seat(x)
+        output.zero_()
+        graph.replay()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_has_the_bits_of_the_formula(device: str, norm: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96).to(device, dtype), torch.randn(96).to(device, dtype)
+    if can_run_triton(x.device):
+        options = reference.Options(1e-5, norm, "silu")
+        ours = _ops.triton_forward.rms_norm(x, weight, options)
+    else:
+        ours = cpu.rms_norm(x, weight, 1e-5, norm)
+    theirs = reference.rms_norm(x, weight, 1e-5, norm)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-5, norm)
+    assert_as_exact(norm, ours, theirs, truth, ours.numel())
+    # The order of a sum changes the rounding of a few values; another rounding point of many.
+    assert (ours == theirs).float().mean() > 0.99 or dtype == torch.float32
+
+
+POINTERS = ("x", "dy", "y", "w", "norm", "gate", "up", "down", "bias", "rstd", "dx", "dw",
+            "product", "dproduct", "dgate", "dup", "gate_bias", "up_bias")  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels that are interpreted are not compiled")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        ("_rms_norm", {"HAS_WEIGHT": True, "NORM": "early", "SAVE": True, "BLOCK": 1024}),
+        ("_rms_norm", {"HAS_WEIGHT": False, "NORM": "late", "SAVE": False, "BLOCK": 1024}),
+        ("_gated", {"ACT": "silu", "BLOCK": 1024}),
+        ("_gated", {"ACT": "gelu_tanh", "BLOCK": 1024}),
+        ("_gated", {"ACT": "gelu", "BLOCK": 1024}),
+        ("_gated_backward", {"ACT": "silu", "BLOCK": 1024}),
+        ("_gated_backward", {"ACT": "gelu_tanh", "BLOCK": 1024}),
+        (
+            "_rms_norm_backward",
+            {"HAS_WEIGHT": True, "NORM": "one_plus", "NEED_DX": True, "NEED_DW": True, "BLOCK": 64},
+        ),
+        *(
+            (
+                "_skinny_gate_up",
+                {
+                    "HAS_WEIGHT": True, "NORM": "early", "ACT": "silu", "HAS_GATE_BIAS": bias,
+                    "HAS_UP_BIAS": bias, "BLOCK_M": tokens, "BLOCK_I": 16, "BLOCK_H": 256,
+                    "STAGES": 3, "FLATTEN": bias,
+                },
+            )
+            for tokens, bias in ((1, False), (16, True))
+        ),
+        *(
+            (
+                "_skinny_down",
+                {
+                    "HAS_BIAS": bias, "BLOCK_M": tokens, "BLOCK_H": 16, "BLOCK_I": 256,
+                    "STAGES": 3, "FLATTEN": bias,
+                },
+            )
+            for tokens, bias in ((1, True), (16, False))
+        ),
+    ],
+)  # fmt: skip
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(
+    kernel: str, constants: dict[str, Any], dtype: str
+) -> None:
+    """The interpreter runs what the compiler refuses; this needs no GPU and no driver."""
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    if kernel.startswith("_skinny") and dtype == "fp32":
+        pytest.skip("float32 takes cuBLAS")
+    module = _ops.triton_forward
+    function = getattr(module, kernel, None) or getattr(_ops.triton_backward, kernel)
+    types = {}
+    for name in function.arg_names:
+        stem, _, shape = name.rpartition("_")
+        if name in constants:
+            types[name] = "constexpr"
+        elif stem in POINTERS and shape.isupper():
+            types[name] = "*fp32" if stem in ("rstd", "dw") else f"*{dtype}"
+        else:
+            types[name] = "fp32" if name == "eps" else "i32"
+    source = compiler.ASTSource(function, types, constants)
+    assert compiler.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process started below")
+def test_the_same_with_the_triton_kernels_interpreted() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_ADDOPTS", None)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]

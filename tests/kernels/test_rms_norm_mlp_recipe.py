@@ -1,0 +1,308 @@
+"""What `prepare` finds out about members, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rms_norm_mlp_cases import NORMS, mlp_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen3Config,
+    T5Config,
+)
+from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.t5 import modeling_t5 as t5
+
+from module_fusion.kernels.rms_norm_mlp import recipe
+from module_fusion.kernels.rms_norm_mlp.layers import RMSNormMLP
+from module_fusion.kernels.rms_norm_mlp.recipe import prepare
+
+H, I = 64, 160  # noqa: E741
+SIZES = {"hidden_size": H, "intermediate_size": I}
+SEPARATE = {"gate": ("gate_proj",), "up": ("up_proj",), "down": ("down_proj",), "gate_first": True}
+MERGED = {"gate": ("gate_up_proj",), "up": None, "down": ("down_proj",), "gate_first": True}
+T5 = {"gate": ("wi_0",), "up": ("wi_1",), "down": ("wo",), "activation": "gelu_tanh"}
+SILU, TANH = {"activation": "silu"}, {"activation": "gelu_tanh"}
+
+
+def t5_config(dropout: float) -> T5Config:
+    return T5Config(d_model=H, d_ff=I, feed_forward_proj="gated-gelu", dropout_rate=dropout)
+
+
+Pair = tuple[Callable[[], nn.Module], Callable[[], nn.Module], str, dict[str, Any]]
+REAL: dict[str, Pair] = {
+    "llama": (
+        lambda: llama.LlamaRMSNorm(H, 1e-5),
+        lambda: llama.LlamaMLP(LlamaConfig(**SIZES, mlp_bias=True)),
+        "early", {**SEPARATE, **SILU, "eps": "variance_epsilon"},
+    ),
+    "mistral": (
+        lambda: mistral.MistralRMSNorm(H),
+        lambda: mistral.MistralMLP(MistralConfig(**SIZES)),
+        "early", {**SEPARATE, **SILU, "eps": "variance_epsilon"},
+    ),
+    "qwen3": (
+        lambda: qwen3.Qwen3RMSNorm(H),
+        lambda: qwen3.Qwen3MLP(Qwen3Config(**SIZES)),
+        "early", {**SEPARATE, **SILU},
+    ),
+    "gemma": (
+        lambda: gemma.GemmaRMSNorm(H),
+        lambda: gemma.GemmaMLP(GemmaConfig(**SIZES)),
+        "one_plus", {**SEPARATE, **TANH, "eps": "eps"},
+    ),
+    "gemma2": (
+        lambda: gemma2.Gemma2RMSNorm(H),
+        lambda: gemma2.Gemma2MLP(Gemma2Config(**SIZES)),
+        "one_plus", {**SEPARATE, **TANH},
+    ),
+    "gemma3": (
+        lambda: gemma3.Gemma3RMSNorm(H),
+        lambda: gemma3.Gemma3MLP(Gemma3TextConfig(**SIZES)),
+        "one_plus", {**SEPARATE, **TANH},
+    ),
+    "phi3": (
+        lambda: phi3.Phi3RMSNorm(H),
+        lambda: phi3.Phi3MLP(Phi3Config(**SIZES, pad_token_id=0)),
+        "early", {**MERGED, **SILU},
+    ),
+    "olmo2": (
+        lambda: olmo2.Olmo2RMSNorm(H),
+        lambda: olmo2.Olmo2MLP(Olmo2Config(**SIZES)),
+        "late", {**SEPARATE, **SILU},
+    ),
+    "t5": (
+        lambda: t5.T5LayerNorm(H),
+        lambda: t5.T5DenseGatedActDense(t5_config(0.0)),
+        "early", T5,
+    ),
+    "torch": (lambda: nn.RMSNorm(H, 1e-4), lambda: mlp_of(H, I), "late", {"eps": "eps"}),
+    "square": (
+        lambda: llama.LlamaRMSNorm(H), lambda: mlp_of(H, H), "early", {**SEPARATE, **SILU},
+    ),
+    "exact GELU": (
+        lambda: nn.RMSNorm(H, 1e-5, elementwise_affine=False),
+        lambda: mlp_of(H, I, activation="gelu"),
+        "late", {"activation": "gelu", "norm_weight": None},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REAL)
+def test_real_classes_are_recognised(name: str, dtype: torch.dtype) -> None:
+    make_norm, make_mlp, rounding, expected = REAL[name]
+    found = prepare(make_norm().to(dtype), make_mlp().to(dtype))
+    assert {key: getattr(found, key) for key in expected} == expected
+    # In float32 there is one rounding point, and on a GPU nn.RMSNorm has another than here.
+    if dtype != torch.float32 or rounding == "one_plus":
+        assert found.norm == rounding
+    assert (found.hidden, found.dtype) == (H, dtype)
+
+
+class Fake(nn.Module):
+    """Something that looks like LlamaRMSNorm; `compute` says what it does."""
+
+    def __init__(self, compute: Callable[[Tensor, float], Tensor], eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(H))
+        self.variance_epsilon = eps
+        self.compute = compute
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        return self.weight * self.compute(wide, self.variance_epsilon).to(hidden_states.dtype)
+
+
+def root(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+FAKES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "L1 mean": lambda x, eps: x / (x.abs().mean(-1, keepdim=True) + eps),
+    "a factor of 1.01": lambda x, eps: 1.01 * x * root(x, eps),
+    "eps outside the root": lambda x, eps: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps),
+    "twice the eps": lambda x, eps: x * root(x, 2 * eps),
+    "the mean subtracted": lambda x, eps: (x - x.mean(-1, keepdim=True)) * root(x, eps),
+    "the variance": lambda x, eps: x * torch.rsqrt(x.var(-1, keepdim=True) + eps),
+    "a sum": lambda x, eps: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps),
+    "a clamp": lambda x, eps: x.clamp(-20, 20) * root(x, eps),
+    "noise": lambda x, eps: x * root(x, eps) * (1 + 0.01 * torch.rand_like(x)),
+    "an exception": lambda x, eps: x * undefined,  # type: ignore[name-defined]  # noqa: F821
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAKES)
+def test_what_only_looks_like_an_rms_norm_is_refused(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"something else than an RMSNorm|cannot be run"):
+        prepare(Fake(FAKES[name]).to(dtype), mlp_of(H, I).to(dtype))
+
+
+def test_a_fake_without_a_fault_is_recognised() -> None:
+    assert prepare(Fake(lambda x, eps: x * root(x, eps)), mlp_of(H, I)).eps == "variance_epsilon"
+
+
+class Gated(nn.Module):
+    """A gated MLP of layers with names that say nothing; `compute` says what it does."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor], bias: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Linear(H, I, bias=bias)
+        self.b = nn.Linear(I, H, bias=bias)
+        self.c = nn.Linear(H, I, bias=bias)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+WRONG: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "another activation": lambda m, x: m.b(F.relu(m.c(x)).square() * m.a(x)),
+    "quick GELU": lambda m, x: m.b(m.c(x) * torch.sigmoid(1.702 * m.c(x)) * m.a(x)),
+    "a clamp": lambda m, x: m.b(F.silu(m.c(x)).clamp(max=50) * m.a(x)),
+    "a factor": lambda m, x: 1.001 * m.b(F.silu(m.c(x)) * m.a(x)),
+    "a residual": lambda m, x: x + m.b(F.silu(m.c(x)) * m.a(x)),
+    "no gate": lambda m, x: m.b(F.silu(m.c(x)) + m.a(x)),
+    "a dropout": lambda m, x: F.dropout(m.b(F.silu(m.c(x)) * m.a(x)), 0.1, m.training),
+    "two outputs": lambda m, x: (m.b(F.silu(m.c(x)) * m.a(x)), None),  # type: ignore[dict-item,return-value]
+    "a fixed batch": lambda m, x: m.b(F.silu(m.c(x)) * m.a(x)).view(3, -1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_only_looks_like_a_gated_mlp_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="Gated"):
+        prepare(NORMS["early"](H), Gated(WRONG[name]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_roles_are_found_by_what_the_layers_do(bias: bool) -> None:
+    found = prepare(NORMS["early"](H), Gated(lambda m, x: m.b(F.silu(m.c(x)) * m.a(x)), bias))
+    assert (found.gate, found.up, found.down) == (("c",), ("a",), ("b",))
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_the_order_in_a_merged_projection_is_found(gate_first: bool) -> None:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = I
+            self.inner = nn.ModuleDict({"both": nn.Linear(H, 2 * I), "out": nn.Linear(I, H)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.inner["both"](x).split([self.width, self.width], dim=-1)
+            gate, up = (first, second) if gate_first else (second, first)
+            return self.inner["out"](F.silu(gate) * up)  # type: ignore[no-any-return]
+
+    found = prepare(NORMS["early"](H), Merged())
+    assert (found.gate, found.up, found.down) == (("inner", "both"), None, ("inner", "out"))
+    assert found.gate_first is gate_first
+
+
+def test_a_forward_that_names_its_real_sizes_is_probed_at_them() -> None:
+    found = prepare(NORMS["early"](H), Gated(lambda m, x: m.b(F.silu(m.c(x)).view(-1, I) * m.a(x))))
+    assert found.gate == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("norm", "mlp", "reason"),
+    [
+        (nn.LayerNorm(H), mlp_of(H, I), "LayerNorm has weight and bias"),
+        (nn.LayerNorm(H, bias=False), mlp_of(H, I), "something else than an RMSNorm"),
+        (nn.Identity(), mlp_of(H, I), "something else than an RMSNorm"),
+        (nn.RMSNorm(32), mlp_of(H, I), r"has shape \(32,\); the MLP takes 64"),
+        (nn.RMSNorm((2, H)), mlp_of(H, I), r"has shape \(2, 64\)"),
+        (nn.RMSNorm(H), GPT2MLP(I, GPT2Config(n_embd=H)), "weights in a Conv1D"),
+        (nn.RMSNorm(H), nn.Sequential(nn.Linear(H, I), nn.Linear(I, H)), "form no gate"),
+        (nn.RMSNorm(H), nn.Identity(), "form no gate, up and down projection: none"),
+        (nn.RMSNorm(H), t5.T5DenseGatedActDense(t5_config(0.1)), "in training mode"),
+        (
+            nn.RMSNorm(H),
+            MixtralSparseMoeBlock(MixtralConfig(**SIZES, num_local_experts=2)),
+            "weights in a Mixtral",
+        ),
+        (nn.RMSNorm(H).double(), mlp_of(H, I).double(), r"weights are in torch\.float64"),
+        (nn.RMSNorm(H).half(), mlp_of(H, I), r"in torch\.float16, torch\.float32 on"),
+        (nn.RMSNorm(H).to("meta"), mlp_of(H, I).to("meta"), "meta device"),
+        (nn.BatchNorm1d(H), mlp_of(H, I), "has buffers or modules"),
+    ],
+)
+def test_a_refusal_says_why(norm: nn.Module, mlp: nn.Module, reason: str) -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match=reason):
+            prepare(norm, mlp)
+
+
+def test_the_default_epsilon_of_torch_is_found() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = nn.RMSNorm(H).to(dtype)
+        eps = prepare(norm, mlp_of(H, I).to(dtype)).eps
+        x = torch.full((1, H), 1e-4, dtype=dtype)
+        expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + eps)
+        torch.testing.assert_close(norm(x).double(), expected, rtol=1e-2, atol=0)
+
+
+def test_members_of_one_structure_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = mlp_of(H, I)
+    first = prepare(llama.LlamaRMSNorm(H), mlp)
+    monkeypatch.setattr(recipe, "_prove", lambda *members: pytest.fail("probed"))
+    assert prepare(llama.LlamaRMSNorm(H), type(mlp)(mlp.config)) is first
+    for norm in (llama.LlamaRMSNorm(H, 1e-3), qwen3.Qwen3RMSNorm(H), nn.RMSNorm(H).half()):
+        with pytest.raises(pytest.fail.Exception, match="probed"):
+            prepare(norm, mlp)
+
+
+def test_probing_leaves_members_and_random_state_alone() -> None:
+    recipe._RECIPES.clear()
+    norm, mlp = llama.LlamaRMSNorm(H), Gated(WRONG["a dropout"])
+    before = {name: value.clone() for name, value in mlp.state_dict().items()}
+    attributes = [dict(module.__dict__) for module in (norm, mlp, mlp.a)]
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match="training"):
+        prepare(norm, mlp)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [dict(module.__dict__) for module in (norm, mlp, mlp.a)] == attributes
+    for name, value in mlp.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_swapped_class_is_probed_as_the_original() -> None:
+    norm, mlp = llama.LlamaRMSNorm(H), mlp_of(H, I)
+    for module in (norm, mlp):
+        original = type(module)
+        namespace = {"_fusion_original_class": original, "forward": lambda self, x: 1 / 0}
+        module.__class__ = type(original.__name__, (original,), namespace)
+        module.__dict__["_fusion"] = object()
+    assert prepare(norm, mlp).activation == "silu"
+
+
+def test_the_layer_is_one_the_kernels_library_takes() -> None:
+    own = set(vars(RMSNormMLP)) - set(vars(nn.Module))
+    assert {name for name in own if not name.startswith("__")} == {
+        "can_torch_compile",
+        "has_backward",
+    }
+    assert RMSNormMLP.forward.prepare is prepare  # type: ignore[attr-defined]
