@@ -33,6 +33,10 @@ class Chain:
         kernel: the layer name for the `kernels` library, None for a chain without a kernel.
         refusal: why this chain never captures, None if it does.
         running: threads inside a kernel of this chain, or of one that shares a collector.
+
+    Attributes:
+        family: the family that found the group, None for one that was named by paths.
+        accuracy: the kernel's error in units of the members', where they were compared.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Chain:
         self.boundary: ModuleState | None = None
         self.seat: FusedKernel | None = None
         self.running = running
+        self.family: str | None = None
+        self.accuracy: float | None = None
         self.kernel_calls = 0
         self.member_calls = 0
         self.reason: str | None = None

@@ -88,4 +88,6 @@ def row_of(found: Found, action: str) -> GroupReport:
         member_calls=chain.member_calls,
         reason=chain.reason
         or (chain.why_not_compiled() if chain.armed else chain.why_not_running()),
+        family=chain.family,
+        accuracy=chain.accuracy,
     )

@@ -25,6 +25,9 @@ class GroupReport:
         kernel_calls: calls in which the kernel ran, compiled graphs not counted.
         member_calls: calls in which the members ran themselves, compiled graphs not counted.
         reason: why the members ran the last time they did, or why the place was skipped.
+        family: the family that found the group, None for one that was named by paths.
+        accuracy: the kernel's error against float64 in units of the members', where a family
+            had them compared.
     """
 
     action: str
@@ -36,6 +39,8 @@ class GroupReport:
     kernel_calls: int = 0
     member_calls: int = 0
     reason: str | None = None
+    family: str | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,13 @@ def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
         " -> ".join(first.classes),
         first.kernel or "-",
         _calls(fold),
-        first.reason or "",
+        "; ".join(note for note in (first.reason, _accuracy(fold)) if note),
     )
+
+
+def _accuracy(fold: Sequence[GroupReport]) -> str:
+    known = [group.accuracy for group in fold if group.accuracy is not None]
+    return f"error {max(known):.2f} x the modules'" if known else ""
 
 
 def _calls(fold: Sequence[GroupReport]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import keyword
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
@@ -167,27 +168,32 @@ def _why_not_input(value: Any, tensors: list[Tensor]) -> str | None:
 _ANY_SEAT = FusedKernel()
 
 
-def _chain_forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
-    """The chain itself: every member, one after the other, as itself."""
-    bound = self._plan.signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    externals = list(bound.arguments.values())
+def run_members(
+    plan: Plan,
+    members: Sequence[nn.Module],
+    call: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Any],
+    inputs: Sequence[Any],
+) -> Any:
+    """Every member, one after the other, on the chain's inputs; `call` calls one."""
     outputs: list[Any] = []
-    for member, plan in zip(self.members(), self._plan.members, strict=True):
-        args, kwargs = (), {}
-        for position, (name, source) in enumerate(zip(plan.parameters, plan.sources, strict=True)):
+    for member, wiring in zip(members, plan.members, strict=True):
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        for position, (name, source) in enumerate(
+            zip(wiring.parameters, wiring.sources, strict=True)
+        ):
             if source is None:
                 continue
             if isinstance(source, External):
-                value = externals[source.position]
+                value = inputs[source.position]
             else:
                 output = outputs[source.member]
                 value = output if source.arity == 1 else output[source.output]
-            if position < plan.positional and len(args) == position:
+            if position < wiring.positional and len(args) == position:
                 args += (value,)
             else:
                 kwargs[name] = value
-        outputs.append(call_as_itself(member, args, kwargs))
+        outputs.append(call(member, args, kwargs))
     return outputs[-1]
 
 
@@ -205,7 +211,11 @@ def seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKer
     if cls is None:
 
         def forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
-            return _chain_forward(self, *args, **kwargs)
+            """The chain itself: every member, one after the other, as itself."""
+            bound = self._plan.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            inputs = list(bound.arguments.values())
+            return run_members(self._plan, self.members(), call_as_itself, inputs)
 
         first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
         forward.__signature__ = plan.signature.replace(  # type: ignore[attr-defined]

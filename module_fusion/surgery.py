@@ -103,10 +103,29 @@ def _fuse(
     use_fallback: bool = True,
 ) -> tuple[FusionReport, list[Callable[[], None]]]:
     """Fuse; also returns how to give chains that were fused before their kernels back."""
-    _check_arguments(model, kernel, mode)
+    check_arguments(model, kernel, mode)
     roles, paths = roles_and_paths(modules)
     groups, skipped = find_groups(model, paths)
     jobs = make_jobs(model, groups, roles, specs, kernel)
+    kernels_before = apply_jobs(model, jobs, kernel, mode, device, use_fallback)
+    rows = [row_of(job.found(), "already fused" if job.is_fused else "fused") for job in jobs]
+    report = FusionReport(rows + [GroupReport("skipped", reason=text) for text in skipped])
+    return report, kernels_before
+
+
+def apply_jobs(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    kernel: str | None,
+    mode: Mode | None,
+    device: str | torch.device | None,
+    use_fallback: bool,
+) -> list[Callable[[], None]]:
+    """Fuse what was planned, all or nothing.
+
+    Returns:
+        Steps that give chains which were fused before their kernels back.
+    """
     new = [job for job in jobs if not job.is_fused]
     check_no_overlap(new)
     undo: list[Callable[[], None]] = []
@@ -125,9 +144,7 @@ def _fuse(
         for step in reversed(undo):
             step()
         raise
-    rows = [row_of(job.found(), "already fused" if job.is_fused else "fused") for job in jobs]
-    report = FusionReport(rows + [GroupReport("skipped", reason=text) for text in skipped])
-    return report, kernels_before
+    return kernels_before
 
 
 def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:
@@ -154,7 +171,7 @@ def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None)
         wanted = set(map(id, find_modules(model, paths).values()))
         chains = [c for c in chains if any(id(m) in wanted for m in members_of(c))]
     rows = [row_of(found, "unfused") for found in chains]
-    _undo_chains(model, chains, strays)
+    undo_chains(model, chains, strays)
     return FusionReport(rows)
 
 
@@ -185,7 +202,7 @@ def fused(
     try:
         yield result
     finally:
-        _undo_chains(model, [found for found in mine if state_of(found.last) is found.state], [])
+        undo_chains(model, [found for found in mine if state_of(found.last) is found.state], [])
         for restore in kernels_before:
             restore()
 
@@ -203,7 +220,7 @@ def report(model: nn.Module) -> FusionReport:
     return FusionReport([row_of(found, "fused") for found in chains_in(model)])
 
 
-def _check_arguments(model: object, kernel: object, mode: object) -> None:
+def check_arguments(model: object, kernel: object, mode: object) -> None:
     if not isinstance(model, nn.Module):
         raise FusionError(f"fuse_modules takes a torch.nn.Module, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
@@ -318,7 +335,7 @@ def _device_of(modules: Sequence[nn.Module]) -> str | torch.device:
     return torch.device("cpu")
 
 
-def _undo_chains(model: nn.Module, chains: Sequence[Found], strays: Sequence[nn.Module]) -> None:
+def undo_chains(model: nn.Module, chains: Sequence[Found], strays: Sequence[nn.Module]) -> None:
     states = [state for found in chains for state in states_of(found)]
     states += [state for stray in strays if (state := state_of(stray)) is not None]
     for state in states:

@@ -1,0 +1,66 @@
+"""RMSNorm followed by a gated MLP, as in Llama, Qwen, Gemma, Mistral and Phi-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .dataflow import feeding_pairs
+from .family import FusionFamily, register_family
+
+_SCALES = (1.0, 30.0, 1e-3)
+_TOKENS = 16
+
+
+@register_family
+class RMSNormMLPFamily(FusionFamily):
+    """Whatever is normalised and then multiplied by several matrices.
+
+    What the two modules are called does not matter. What they compute is proved by the
+    kernel, which runs small copies of them.
+    """
+
+    name = "rms_norm_mlp"
+    kernel = "RMSNormMLP"
+    roles = ("norm", "mlp")
+
+    def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
+        for path, parent in model.named_modules():
+            for first, second in feeding_pairs(parent):
+                norm, mlp = parent._modules[first], parent._modules[second]
+                if norm is not None and mlp is not None and _is_norm(norm) and _is_mlp(mlp):
+                    yield tuple(f"{path}.{name}" if path else name for name in (first, second))
+
+    def is_fusable(self, members: Sequence[nn.Module]) -> str | None:
+        from ..kernels.rms_norm_mlp.recipe import prepare
+
+        try:
+            prepare(*members)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def samples(
+        self, members: Sequence[nn.Module], generator: torch.Generator
+    ) -> list[tuple[Tensor, ...]]:
+        """Hidden states `(tokens, hidden)` of several sizes; small ones show the epsilon."""
+        from ..kernels.rms_norm_mlp.recipe import prepare
+
+        hidden = prepare(*members).hidden
+        return [
+            (torch.randn(_TOKENS, hidden, generator=generator) * scale,) for scale in _SCALES
+        ]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Something with one vector of weights, or two, and nothing in it."""
+    shapes = [parameter.dim() for parameter in module.parameters()]
+    return not module._modules and 0 < len(shapes) <= 2 and set(shapes) == {1}
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Something with several matrices in it, or a stack of them, as experts have."""
+    matrices = [parameter.dim() for parameter in module.parameters() if parameter.dim() > 1]
+    return len(matrices) > 1
