@@ -140,6 +140,21 @@ def test_only_the_wanted_gradients_are_given(device: str, dtype: torch.dtype, fr
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_triton_backward_computes_no_gradient_for_nothing(device: str) -> None:
+    if not can_run_triton(torch.device(device, 0 if device == "cuda" else None)):
+        pytest.skip("no Triton on this device here")
+    seat = Seat(*members(32, 48, torch.bfloat16, device, bias=True))
+    weights, options = seat.weights(), seat.prepared.options(seat.norm)
+    x = torch.randn(5, 32).to(device, torch.bfloat16)
+    with torch.no_grad():
+        y, *saved = _ops.triton_forward.forward_for_backward(x, weights, options)
+        for wanted in range(8):
+            needs = [position == wanted for position in range(8)]
+            found = _ops.triton_backward.backward(y, x, *saved, weights, options, needs)
+            assert [gradient is not None for gradient in found] == needs
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("merged", [False, True, "up first"])
 def test_no_tensor_of_the_caller_is_written_to(device: str, merged: bool | str) -> None:
     torch.manual_seed(0)
