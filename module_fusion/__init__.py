@@ -1,7 +1,8 @@
 """Try a fused kernel on a PyTorch model in memory, without changing a result.
 
-`fuse_modules` replaces adjacent submodules by glob path, in every repeated block;
-`unfuse_modules` takes it back; `report` says which path ran and why.
+`fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
+submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
+says which path ran and why.
 """
 
 from .errors import (
@@ -13,6 +14,7 @@ from .errors import (
     SpecMismatchError,
     UnfuseError,
 )
+from .families import FusionFamily, fuse, register_family
 from .modules import FusedModule, RegistryCollector
 from .report import FusionReport
 from .spec import ModuleSpec
@@ -25,6 +27,7 @@ __all__ = [
     "DeferredUseError",
     "FusedModule",
     "FusionError",
+    "FusionFamily",
     "FusionReport",
     "ModuleSpec",
     "NotFusableError",
@@ -32,8 +35,10 @@ __all__ = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "fuse",
     "fuse_modules",
     "fused",
+    "register_family",
     "report",
     "unfuse_modules",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which the first's output goes straight to the second."""
     if isinstance(module, nn.Sequential):
         names = list(module._modules)
-        return list(zip(names, names[1:], strict=False))
+        return list(itertools.pairwise(names))
     cls: Any = type(module)
     return [pair for pair in _pairs_of(cls) if all(name in module._modules for name in pair)]
 

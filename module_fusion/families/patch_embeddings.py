@@ -36,7 +36,7 @@ class PatchEmbeddingsFamily(FusionFamily):
         from ..kernels.patch_embed._geometry import prepare
 
         try:
-            prepare(*members)
+            prepare(members[0])
         except ValueError as error:
             return str(error)
         return None
@@ -48,6 +48,4 @@ class PatchEmbeddingsFamily(FusionFamily):
         proj: Any = members[0]
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]
-        return [
-            (torch.randn(2, proj.in_channels, *size, generator=generator),) for size in sizes
-        ]
+        return [(torch.randn(2, proj.in_channels, *size, generator=generator),) for size in sizes]

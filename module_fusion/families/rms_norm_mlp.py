@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..modules import original_class
+from ..spec import forward_signature
 from .dataflow import feeding_pairs
 from .family import FusionFamily, register_family
 
@@ -49,9 +51,7 @@ class RMSNormMLPFamily(FusionFamily):
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         hidden = prepare(*members).hidden
-        return [
-            (torch.randn(_TOKENS, hidden, generator=generator) * scale,) for scale in _SCALES
-        ]
+        return [(torch.randn(_TOKENS, hidden, generator=generator) * scale,) for scale in _SCALES]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -61,6 +61,14 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Something with several matrices in it, or a stack of them, as experts have."""
+    """Something with several matrices, or a stack of them, that takes hidden states alone.
+
+    Attention has several matrices too, but takes positions, masks and caches.
+    """
     matrices = [parameter.dim() for parameter in module.parameters() if parameter.dim() > 1]
-    return len(matrices) > 1
+    try:
+        taken = forward_signature(original_class(module)).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    named = [p for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(matrices) > 1 and len(named) <= 2

@@ -1,0 +1,7 @@
+"""Named families of groups, found in a model without paths: `fuse`."""
+
+from . import patch_embeddings, rms_norm_mlp  # noqa: F401  (they register themselves)
+from .family import FusionFamily, register_family
+from .fuse import fuse
+
+__all__ = ["FusionFamily", "fuse", "register_family"]

@@ -1,0 +1,186 @@
+"""`fuse`: find the groups of every family, check them, and fuse those that pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from kernels import Mode
+from torch import nn
+
+from ..errors import FusionError
+from ..inventory import Found, row_of
+from ..modules import original_class
+from ..paths import Group, check_paths, find_modules
+from ..planning import Job, make_jobs
+from ..report import FusionReport, GroupReport
+from ..surgery import apply_jobs, check_arguments, undo_chains
+from .certificate import certify, seeded
+from .family import FusionFamily, chosen_families
+
+
+def fuse(
+    model: nn.Module,
+    families: bool | Mapping[str, Any] = True,
+    *,
+    mode: Mode | None = None,
+    device: str | torch.device | None = None,
+) -> FusionReport:
+    """Find what can be fused in a model, and fuse it with the family's kernel.
+
+    A group is fused if its members have the structure the kernel knows, and if the kernel,
+    run against them on small random inputs, is at most 1.1 times less accurate than they are,
+    measured against float64. All else is left alone and reported with the reason. Take it
+    back with `unfuse_modules(model)`.
+
+    Args:
+        model: any module in memory.
+        families: True for every registered family; or a mapping from names to True, False or
+            options: `include` and `exclude` (glob paths of members) and `mode`. Built in are
+            `"rms_norm_mlp"` and `"patch_embeddings"`.
+        mode: a `kernels.Mode`; training or inference, as `model.training` says, when omitted.
+        device: device type to look the kernels up for; that of the members when omitted.
+
+    Returns:
+        What was fused, with the kernel's error in units of the members', and what was left.
+
+    Raises:
+        NotFusableError: there is no family of that name. The model is as it was.
+        PathNotFoundError: a path in `include` or `exclude` matches nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from module_fusion import fuse, report, unfuse_modules
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 16, stride=16), nn.Flatten(2))
+        >>> fuse(model, {"patch_embeddings": True}).fused[0].paths
+        ('0',)
+        >>> _ = model(torch.randn(2, 3, 32, 32))
+        >>> report(model).groups[0].kernel_calls
+        1
+        >>> _ = unfuse_modules(model)
+    """
+    check_arguments(model, None, mode)
+    rows: list[GroupReport] = []
+    fused: list[Found] = []
+    try:
+        for family, options in chosen_families(families):
+            wanted = _filter(model, options)
+            groups = [group for group in _groups(model, family) if wanted(group)]
+            family_mode = options.get("mode", mode)
+            check_arguments(model, None, family_mode)
+            rows += _fuse_family(model, family, groups, family_mode, device, fused)
+    except BaseException:
+        undo_chains(model, fused, [])
+        raise
+    return FusionReport(rows)
+
+
+def _groups(model: nn.Module, family: FusionFamily) -> Iterator[Group]:
+    seen = set()
+    for paths in family.groups(model):
+        if len(paths) != len(family.roles):
+            raise FusionError(
+                f"The family {family.name!r} has {len(family.roles)} roles and found a group of "
+                f"{len(paths)}, {paths}."
+            )
+        modules = tuple(model.get_submodule(path) for path in paths)
+        if tuple(map(id, modules)) not in seen:
+            seen.add(tuple(map(id, modules)))
+            yield Group(tuple(paths), modules)
+
+
+def _filter(model: nn.Module, options: Mapping[str, Any]) -> Any:
+    chosen: dict[str, set[int] | None] = {}
+    for name in ("include", "exclude"):
+        paths = options.get(name)
+        paths = [paths] if isinstance(paths, str) else paths
+        chosen[name] = None
+        if paths is not None:
+            chosen[name] = set(map(id, find_modules(model, check_paths(paths)).values()))
+
+    def wanted(group: Group) -> bool:
+        members = set(map(id, group.modules))
+        include, exclude = chosen["include"], chosen["exclude"]
+        return (include is None or bool(members & include)) and not members & (exclude or set())
+
+    return wanted
+
+
+def _fuse_family(
+    model: nn.Module,
+    family: FusionFamily,
+    groups: Sequence[Group],
+    mode: Mode | None,
+    device: str | torch.device | None,
+    fused: list[Found],
+) -> list[GroupReport]:
+    """Fuse the groups of one family; adds what was fused to `fused`."""
+    rows: list[GroupReport] = []
+    fusable: dict[int, Group] = {}
+    for group in groups:
+        end = id(group.modules[-1])
+        reason = family.is_fusable(group.modules)
+        if reason is None and end in fusable:
+            reason = f"{' -> '.join(fusable[end].paths)} ends in the same module"
+        if reason is None:
+            fusable[end] = group
+        else:
+            rows.append(_skipped(family, group, reason))
+    jobs = _plan(model, family, list(fusable.values()), rows)
+    new = [job for job in jobs if not job.is_fused]
+    apply_jobs(model, jobs, family.kernel, mode, device, use_fallback=True)
+    fused += [job.found() for job in new]
+    done = []
+    for job in jobs:
+        reason = _why_not(job, family)
+        if reason is not None and job in new:
+            found = job.found()
+            undo_chains(model, [found], [])
+            fused.remove(found)
+            rows.append(_skipped(family, job.group, reason))
+        else:
+            done.append(row_of(job.found(), "fused" if job in new else "already fused"))
+    return done + rows
+
+
+def _plan(
+    model: nn.Module, family: FusionFamily, groups: list[Group], rows: list[GroupReport]
+) -> list[Job]:
+    """Plan the groups; those that cannot be fused become rows."""
+    if not groups:
+        return []
+    try:
+        return make_jobs(model, groups, family.roles, None, family.kernel)
+    except FusionError as error:
+        if len(groups) == 1:
+            rows.append(_skipped(family, groups[0], str(error)))
+            return []
+    return [job for group in groups for job in _plan(model, family, [group], rows)]
+
+
+def _why_not(job: Job, family: FusionFamily) -> str | None:
+    """Why a group that was fused must not stay so, None if it may."""
+    chain = job.chain
+    if not chain.armed:
+        return chain.why_not_running()
+    members = job.group.modules
+    certificate = certify(chain, members, lambda: family.samples(members, seeded()))
+    chain.family = family.name
+    if certificate is None:
+        return None
+    chain.accuracy = certificate.ratio
+    return certificate.refusal
+
+
+def _skipped(family: FusionFamily, group: Group, reason: str) -> GroupReport:
+    return GroupReport(
+        "skipped",
+        paths=group.paths,
+        roles=family.roles,
+        classes=tuple(original_class(module).__name__ for module in group.modules),
+        kernel=family.kernel,
+        reason=reason,
+        family=family.name,
+    )
