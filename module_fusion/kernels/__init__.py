@@ -68,7 +68,7 @@ def builtin_kernels(name: str | None, device: str | torch.device) -> AbstractCon
         name: the layer name.
         device: where its weights are.
     """
-    kind = torch.device(device).type if device != "rocm" else "rocm"
+    kind = str(device).partition(":")[0]
     repository = MAPPING.get(name or "", {}).get(kind)
     if repository is None or kind in _KERNEL_MAPPING.get().get(name or "", {}):
         return nullcontext()
