@@ -44,7 +44,7 @@ class LayerNormMLP(nn.Module):
 def prepare(norm: nn.Module, mlp: nn.Module) -> None:
     """Called once per block, with its members: the place to refuse what the kernel is not.
 
-    What it returns is `self.prepared` in `forward`. Here nothing: a ValueError is all it has to say.
+    What it returns is `self.prepared` in `forward`; this kernel needs nothing.
     """
     if not isinstance(norm, nn.LayerNorm):
         raise ValueError(f"the norm is a {type(norm).__name__}, not a LayerNorm")
