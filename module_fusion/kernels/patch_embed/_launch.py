@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton  # type: ignore[import-untyped]
+import triton
 from torch import Tensor
 
 from . import _triton

@@ -18,7 +18,7 @@ from ._geometry import PatchPlan, convolve, grid_of, is_channels_last, is_known
 from ._torch import patch_embed_torch
 
 try:
-    import triton  # type: ignore[import-untyped] # noqa: F401
+    import triton  # noqa: F401
 except ImportError:
     _INTERPRETED = _HAS_TRITON = False
 else:
