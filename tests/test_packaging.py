@@ -216,21 +216,21 @@ def test_the_same_content_is_left_alone(script: Any, tmp_path: Path) -> None:
 def test_other_content_is_refused_and_forced(
     script: Any, tmp_path: Path, path: str, difference: str
 ) -> None:
-    script.build(tmp_path, ["patch-embed"])
+    script.build(tmp_path, ["rms-norm-mlp"])
     fresh = contents(tmp_path)
-    mine = tmp_path / "patch-embed" / path
+    mine = tmp_path / "rms-norm-mlp" / path
     mine.write_text("mine")
     before = contents(tmp_path)
-    # The other repository does not exist yet; all or nothing.
+    # The other repository would be written first: all or nothing.
     done = run_script(tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        f"build_kernels.py: {tmp_path / 'patch-embed'} holds other content: {difference}. "
+        f"build_kernels.py: {tmp_path / 'rms-norm-mlp'} holds other content: {difference}. "
         f"Nothing was written. --force replaces build, README.md and LICENSE there.\n"
     )
     assert contents(tmp_path) == before
-    assert run_script(tmp_path, "--kernel", "patch-embed", "--force").returncode == 0
-    kept = {"patch-embed/notes.txt": b"mine"} if path == "notes.txt" else {}
+    assert run_script(tmp_path, "--kernel", "rms-norm-mlp", "--force").returncode == 0
+    kept = {"rms-norm-mlp/notes.txt": b"mine"} if path == "notes.txt" else {}
     assert contents(tmp_path) == fresh | kept
 
 
