@@ -60,15 +60,15 @@ def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
         if type(current) not in seen:
             cls: Any = type(current)
             seen.add(cls)
-            asking = _what_asks_for_type(cls)
+            asking = _what_asks_for_type(cls, cls.forward)
             if asking is not None:
                 return asking
     return None
 
 
 @lru_cache(maxsize=4096)
-def _what_asks_for_type(cls: Any) -> str | None:
-    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(cls.forward)]
+def _what_asks_for_type(cls: Any, forward: Any) -> str | None:
+    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(forward)]
     seen: set[FunctionType] = set()
     while pending:
         function, owner = pending.pop()

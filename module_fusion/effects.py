@@ -134,9 +134,14 @@ def _effect_in_torch(
     return Effect("draws random numbers", _always) if name.startswith("Fractional") else None
 
 
-@functools.lru_cache(maxsize=4096)
 def _of_method(cls: Any, name: str) -> _Findings:
-    return _merged([_of_function(f, cls, True, ()) for f in methods_of(cls, name)])
+    # Someone may give the class another method between two fusions.
+    return _of_methods(cls, tuple(methods_of(cls, name)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_methods(cls: Any, methods: tuple[types.FunctionType, ...]) -> _Findings:
+    return _merged([_of_function(method, cls, True, ()) for method in methods])
 
 
 def _merged(findings: list[_Findings]) -> _Findings:

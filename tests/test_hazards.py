@@ -427,6 +427,38 @@ def test_a_member_with_state_or_randomness_runs_once_and_at_its_own_call(
     assert_same(got, [model(x), model(x), *model.buffers()])
 
 
+def test_a_class_that_got_another_forward_between_two_fusions_is_read_again(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    def random(self: Any, x: Tensor) -> Tensor:
+        return torch.rand_like(x)
+
+    def of_type(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x)) * (type(x) is Tensor)
+
+    model = nn.Sequential(Block()).to(x.device)
+    model[0].norm = Scaled()
+    for cls, forward, reason in (
+        (Scaled, random, "norm may draw random numbers, in rand_like"),
+        (Block, of_type, "of_type"),
+    ):
+        fuse(model, members_kernel(1))
+        model(x)
+        assert path_of(model)[:2] == (1, 0)
+        unfuse_modules(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "forward", forward)
+            fuse(model, members_kernel(1))
+            model(x)
+            assert path_of(model)[:2] == (0, 1)
+            assert reason in str(report(model))
+            unfuse_modules(model)
+
+
 def test_a_member_called_twice_makes_two_captures(x: Tensor) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         first, second = self.norm(x), self.norm(2 * x + 1)
