@@ -15,6 +15,7 @@ _SILENT = ("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "PUSH_NULL", "RESU
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
+_WRITING_KEYWORDS = frozenset(("out", "inplace"))
 _SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
 
 
@@ -28,17 +29,22 @@ class Load(NamedTuple):
         attributes: taken one after the other.
         given: names that are loaded for the arguments of its call, `self` aside; None where
             it is not called then and there.
+        count: number of arguments of that call, keywords included; None where it cannot be told.
     """
 
     kind: str
     name: str
     attributes: tuple[str, ...]
     given: frozenset[str] | None
+    count: int | None
 
 
 class Store(NamedTuple):
-    """What code stores in place: `kind` is `"own"`, `"attribute"`, `"item"`, `"global"` or
-    `"local"`, the last for an augmented assignment."""
+    """What code stores in place.
+
+    `kind` is `"own"`, `"attribute"`, `"item"`, `"global"`; `"local"` for an augmented
+    assignment; `"keyword"` for an argument that says where a function writes to.
+    """
 
     kind: str
     name: str
@@ -58,8 +64,8 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
         if chain is not None:
             kind, name, attributes = chain
             if name or attributes:
-                given = _given(instructions[index - 1 :], me)
-                found.append(Load(kind, name, tuple(attributes), given))
+                given, count = _given(instructions[index - 1 :], me)
+                found.append(Load(kind, name, tuple(attributes), given, count))
         chain = None if instruction is None else _begun(instruction, me)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -83,8 +89,10 @@ def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] 
     return None
 
 
-def _given(instructions: list[dis.Instruction], me: str) -> frozenset[str] | None:
-    """What is loaded to call what the first instruction loaded: `self.training`, `tuple`."""
+def _given(
+    instructions: list[dis.Instruction], me: str
+) -> tuple[frozenset[str] | None, int | None]:
+    """What is loaded to call what the first instruction loaded, as `self.training`; how much."""
     depth, names, previous = 0, set(), ""
     for instruction in instructions[1:]:
         operation, value = instruction.opname, instruction.argval
@@ -95,10 +103,10 @@ def _given(instructions: list[dis.Instruction], me: str) -> frozenset[str] | Non
         previous = value[-1] if isinstance(value, tuple) and value else value
         depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
         if operation.startswith("CALL") and depth <= 0:
-            return frozenset(names)
+            return frozenset(names), None if operation == "CALL_FUNCTION_EX" else instruction.arg
         if depth < 0:
             break
-    return None
+    return None, None
 
 
 @lru_cache(maxsize=4096)
@@ -128,6 +136,8 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += stores_in(constant, me)
+        names = constant if isinstance(constant, tuple) else (constant,)
+        found += [Store("keyword", str(name)) for name in names if name in _WRITING_KEYWORDS]
     return tuple(found)
 
 

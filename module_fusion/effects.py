@@ -192,6 +192,8 @@ def _of_load(
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
     found = [_of_value(value, text, bool(_TOLD & (load.given or set())), around)]
+    if load.given is not None and _is_told_to_write(value, load.count):
+        found.append(_NOTHING._replace(always=f"may write to a tensor, in {text}"))
     return _merged([*found, *map(_of_attribute, attributes)])
 
 
@@ -256,6 +258,14 @@ def _of_value(value: Any, text: str, training: bool, around: tuple[Any, ...]) ->
     return _NOTHING if (type(value).__module__ or "") in ("typing", "types") else unknown
 
 
+def _is_told_to_write(function: Any, count: int | None) -> bool:
+    """Whether a function of torch gets its argument `inplace` by position."""
+    if not isinstance(function, types.FunctionType) or not is_of_torch(function):
+        return False
+    parameters = list(inspect.signature(function).parameters)
+    return "inplace" in parameters and (count is None or count > parameters.index("inplace"))
+
+
 def _is_operation(value: Any) -> bool:
     """Whether it is a function of torch."""
     if isinstance(value, types.FunctionType):
@@ -285,6 +295,8 @@ def _what_own_does(
             items = value.values() if isinstance(value, dict) else value
             readable = set(rest) <= _READING and not any(map(callable, items))
             what = None if readable else f"uses its {name}, and it is not known what that does"
+        elif isinstance(value, types.MethodType) and value.__self__ is module and not rest:
+            what = _what_child_does(module, [value.__name__], seen)
         elif rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
             plain = len(rest) == 1 and isinstance(vars_of(value).get(rest[0]), _DATA)
             what = None if plain else f"uses its {name}, and it is not known what that does"

@@ -146,4 +146,8 @@ class WeightKernel(nn.Module):
         return F.linear(gate, mlp.down_proj.weight)
 
 
+def noise(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x)
+
+
 PATHS = ["layers.*.norm", "layers.*.mlp"]
