@@ -150,4 +150,8 @@ def noise(x: Tensor) -> Tensor:
     return x + torch.rand_like(x)
 
 
+def doubled_tensor(value: Any) -> Any:
+    return value * 2 if type(value) is Tensor else value
+
+
 PATHS = ["layers.*.norm", "layers.*.mlp"]
