@@ -29,14 +29,14 @@ class Load(NamedTuple):
         attributes: taken one after the other.
         given: names that are loaded for the arguments of its call, `self` aside; None where
             it is not called then and there.
-        count: number of arguments of that call, keywords included; None where it cannot be told.
+        arguments: number of arguments of that call, keywords included; None where it cannot be told.
     """
 
     kind: str
     name: str
     attributes: tuple[str, ...]
     given: frozenset[str] | None
-    count: int | None
+    arguments: int | None
 
 
 class Store(NamedTuple):

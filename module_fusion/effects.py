@@ -80,6 +80,16 @@ _DATA: tuple[Any, ...] = (
 _DATA += (torch.layout, torch.memory_format, torch.Size)
 
 
+# Layers of torch that only compute, whatever their settings are.
+_PURE_LAYERS = frozenset(
+    (
+        nn.Linear, nn.Bilinear, nn.Identity, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+        nn.ConvTranspose2d, nn.ConvTranspose3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.GELU,
+        nn.Sigmoid, nn.Tanh, nn.Softmax,
+    )
+)  # fmt: skip
+
+
 class Effect(NamedTuple):
     """An effect: what it is, for the report, and whether it happens at a module's next call."""
 
@@ -185,6 +195,9 @@ def _of_load(
         found = []
         for name in load.attributes[:1]:
             for base in bases:
+                if name == "forward" and base in _PURE_LAYERS:
+                    found.append(_NOTHING)
+                    break
                 methods = layers_of(base.__dict__.get(name))
                 found += [_of_function(method, cls, True, around) for method in methods]
         rest = load.attributes[1:] if found or load.kind == "super" else load.attributes
@@ -192,7 +205,7 @@ def _of_load(
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
     found = [_of_value(value, text, bool(_TOLD & (load.given or set())), around)]
-    if load.given is not None and _is_told_to_write(value, load.count):
+    if load.given is not None and _is_told_to_write(value, load.arguments):
         found.append(_NOTHING._replace(always=f"may write to a tensor, in {text}"))
     return _merged([*found, *map(_of_attribute, attributes)])
 
@@ -212,7 +225,7 @@ def _of_own(load: Load, cls: type | None, around: tuple[Any, ...]) -> _Findings:
 def _of_attribute(name: str) -> _Findings:
     """What it does to take this attribute of a tensor or a container, and to call it."""
     what = _what_by_name(name)
-    kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx)
+    kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx, torch.finfo)
     if what is None and not any(hasattr(kind, name) for kind in kinds):
         what = f"uses {name!r} of a value, and it is not known what that does"
     return _NOTHING._replace(always=what)

@@ -387,6 +387,22 @@ def test_an_mlp_with_any_activation_of_transformers_is_captured_where_it_may_be(
     assert REFUSED.get(name, "") in reason
 
 
+class OnTopOfALayer(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        smallest = torch.finfo(x.dtype).eps
+        return super().forward(x.mT.mT).clamp_min(-1 / smallest)
+
+
+def test_a_member_on_top_of_a_layer_of_torch_that_only_computes_is_captured(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].norm = OnTopOfALayer(8).to(x.device)
+    expected = model(x)
+    kernel = members_kernel(1)
+    fuse(model, kernel)
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 1, path_of(model)[2]
+
+
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout(0.0)], ids=["half", "nothing"])
 def test_a_member_with_dropout_is_captured_where_it_drops_nothing(
     x: Tensor, dropout: nn.Dropout
