@@ -15,7 +15,7 @@ _SILENT = ("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "PUSH_NULL", "RESU
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
-_WRITING_KEYWORDS = frozenset(("out", "inplace"))
+_WRITING_KEYWORDS = frozenset(("out", "inplace", "max_norm"))
 _SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
 
 
@@ -29,7 +29,7 @@ class Load(NamedTuple):
         attributes: taken one after the other.
         given: names that are loaded for the arguments of its call, `self` aside; None where
             it is not called then and there.
-        arguments: number of arguments of that call, keywords included; None where it cannot be told.
+        arguments: number of arguments of that call, with keywords; None where it cannot be told.
     """
 
     kind: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import operator
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.activations import ACT2CLS, ACT2FN
 from written import assert_same, fuse, model_of, path_of
+
+from module_fusion import unfuse_modules
+from module_fusion.effects import effect_of
 
 
 def between(self: Any, x: Tensor) -> Tensor:
@@ -141,9 +145,45 @@ class CountsInAComprehension(Counting):
         return super().forward(x)
 
 
+class CountsByOperator(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        operator.iadd(self.steps, 1)
+        return super().forward(x)
+
+
+class CountsByMethod(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.__setitem__(0, self.steps[0] + 1)
+        return super().forward(x)
+
+
+class CountsByRegistering(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("steps", self.steps + 1)
+        return super().forward(x)
+
+
+class CountsInASetter(Counting):
+    @property
+    def count(self) -> Tensor:
+        return self.steps
+
+    @count.setter
+    def count(self, value: Tensor) -> None:
+        self.steps.copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     "norm",
     [
+        CountsByOperator,
+        CountsByMethod,
+        CountsByRegistering,
+        CountsInASetter,
         CountsByAddition,
         CountsInAnItem,
         CountsByReplacing,
@@ -154,7 +194,8 @@ class CountsInAComprehension(Counting):
     ],
 )
 def test_a_member_that_writes_to_its_buffer_runs_at_its_own_call(x: Tensor, norm: Any) -> None:
-    assert "norm may write to" in assert_same_as_twin(model_with(norm(), x), x, WeightKernel)
+    reason = assert_same_as_twin(model_with(norm(), x), x, WeightKernel)
+    assert reason.startswith(("norm may write to", "norm uses "))
 
 
 class DropsInEval(nn.Dropout):
@@ -253,6 +294,11 @@ class DrawsInAttention(Norm):
         return F.scaled_dot_product_attention(y, y, y, None, 0.5)
 
 
+class DropsInALayerOfTheMoment(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Dropout(0.5)(super().forward(x))
+
+
 class DrawsByMethod(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x.new_empty(8).normal_()
@@ -285,6 +331,7 @@ class DrawsInAList(Norm):
         DrawsInAFunctionOfItsOwn,
         DrawsInABase,
         DrawsInAttention,
+        DropsInALayerOfTheMoment,
         DrawsByMethod,
         DrawsByName,
         DrawsInAList,
@@ -385,6 +432,58 @@ def test_an_mlp_with_any_activation_of_transformers_is_captured_where_it_may_be(
     reason = str(path_of(model)[2])
     assert runs(kernel) == (0 if name in REFUSED else 2), reason
     assert REFUSED.get(name, "") in reason
+
+
+def test_what_a_function_does_is_read_again_when_it_was_replaced(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_with(DrawsInAModule(), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(support, "noise", torch.relu)
+        kernel = members_kernel(1)
+        fuse(model, kernel)
+        model(x)
+        assert runs(kernel) == 1
+        unfuse_modules(model)
+    assert_same_as_twin(model, x, WeightKernel)
+
+
+class Collective(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x)
+        return super().forward(x)
+
+
+class SetsTheMode(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        self.train()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Collective, SetsTheMode])
+def test_a_member_that_acts_on_more_than_tensors_has_an_effect(norm: type[Norm]) -> None:
+    effect = effect_of(norm(), norm)
+    assert effect is not None
+    assert effect.happens(norm())
+
+
+def functions(depth: int, calls: int) -> Any:
+    """A function that calls one which calls one, as deep as said, each several times."""
+    namespace: dict[str, Any] = {"f0": torch.sin}
+    for index in range(1, depth + 1):
+        body = " + ".join([f"f{index - 1}(x)"] * calls)
+        exec(f"def f{index}(x): return {body}", namespace)
+    return namespace[f"f{depth}"]
+
+
+@pytest.mark.parametrize(("depth", "calls", "readable"), [(40, 3, True), (3000, 1, False)])
+def test_functions_that_call_many_others_are_read_once_each(
+    depth: int, calls: int, readable: bool
+) -> None:
+    norm = Norm()
+    norm.function = functions(depth, calls)
+    cls = type("Calls", (Norm,), {"forward": lambda self, x: self.function(x)})
+    assert (effect_of(norm, cls) is None) == readable
 
 
 class OnTopOfALayer(nn.LayerNorm):
