@@ -29,7 +29,8 @@ def asks_for_tensors(code: CodeType) -> bool:
     if any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)):
         return True
     for load in loads_in(code, "self" if code.co_varnames[:1] == ("self",) else ""):
-        if {"__class__", "is_tensor", "issubclass"} & {load.name, *load.attributes}:
+        names = {load.name, *load.attributes}
+        if {"is_tensor", "issubclass"} & names or "__class__" in load.attributes:
             return True
         if _asks_for_type(load):
             return True

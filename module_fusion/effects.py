@@ -222,6 +222,8 @@ def _of_load(
                 found += [_of_function(method, cls, True, known) for method in methods]
         rest = load.attributes[1:] if found or load.kind == "super" else load.attributes
         return _merged([*found, *map(_of_attribute, rest)])
+    if load.kind == "closure" and load.name == "__class__" and not load.attributes:
+        return _NOTHING  # Loaded for `super`.
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
     found = [_of_value(value, text, bool(_TOLD & (load.given or set())), known)]
