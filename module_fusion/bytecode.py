@@ -160,6 +160,30 @@ def _is_own(name: str, code: CodeType, me: str) -> bool:
     return any(load.kind == "own" and load.attributes[:1] == (name,) for load in loads_in(code, me))
 
 
+def returns_none(code: CodeType) -> bool:
+    """Whether the code may return None, by `return` or by reaching its end."""
+    before: list[str] = []
+    value: Any = UNKNOWN
+    for instruction in dis.get_instructions(code):
+        operation = instruction.opname
+        if operation in _SILENT:
+            continue
+        if operation == "RETURN_CONST":
+            value = instruction.argval
+        if operation.startswith("RETURN_") and value is None:
+            while before and before[-1] == "LOAD_CONST":
+                before.pop()
+            # But not where a `with` would go on, had it swallowed an exception.
+            popped = len(before)
+            while before and before[-1] == "POP_TOP":
+                before.pop()
+            if len(before) == popped or before[-1:] != ["POP_EXCEPT"]:
+                return True
+        value = instruction.argval if operation == "LOAD_CONST" else UNKNOWN
+        before.append(operation)
+    return False
+
+
 def callees_of(
     function: FunctionType, cls: type | None
 ) -> Iterator[tuple[FunctionType, type | None]]:

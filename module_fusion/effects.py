@@ -28,6 +28,7 @@ from .bytecode import (
     loads_in,
     methods_of,
     resolved,
+    returns_none,
     self_of,
     stores_in,
     uses_super,
@@ -132,6 +133,9 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
         return Effect("runs code that is not Python", _always)
     if is_of_torch(forward):
         return _effect_in_torch(module, cls, forward)
+    if returns_none(forward.__code__):
+        # No value can stand for None: `is` asks nobody.
+        return Effect("may return None", _always)
     try:
         found = _of_method(cls, "forward")
         what = found.always or _what_own_does(module, cls, found, set())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from module_fusion.bytecode import loads_in, stores_in
+from module_fusion.bytecode import loads_in, returns_none, stores_in
 
 
 class Base:
@@ -158,3 +158,67 @@ def test_what_is_stored_in_place_is_found(
 def test_an_addition_to_a_local_is_found() -> None:
     stores = stores_in(Written.adds_to_a_local.__code__, "self")
     assert [store.kind for store in stores] == ["local"]
+
+
+def returns_in_a_branch(x: Any) -> Any:
+    if x:
+        return x
+    math.sin(x)
+    return None
+
+
+def returns_a_condition(x: Any) -> Any:
+    return x if x else None
+
+
+def returns_nothing(x: Any) -> None:
+    with x:
+        math.sin(x)
+
+
+def returns_nothing_where_it_fails(x: Any) -> Any:
+    try:
+        return math.sin(x)
+    except ValueError:
+        math.cos(x)
+
+
+def returns(x: Any) -> Any:
+    for _ in x:
+        pass
+    return x
+
+
+def returns_in_a_with(x: Any) -> Any:
+    with x:
+        return x
+
+
+def returns_in_a_try(x: Any) -> Any:
+    try:
+        return x
+    finally:
+        math.sin(x)
+
+
+def raises(x: Any) -> Any:
+    raise ValueError(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (returns_in_a_branch, True),
+        (returns_a_condition, True),
+        (returns_nothing, True),
+        (returns_nothing_where_it_fails, True),
+        (returns, False),
+        (returns_in_a_with, False),
+        (returns_in_a_try, False),
+        (raises, False),
+    ],
+)
+def test_a_function_that_may_return_none_is_known(
+    function: Callable[..., Any], expected: bool
+) -> None:
+    assert returns_none(function.__code__) == expected

@@ -448,6 +448,30 @@ def test_what_a_function_does_is_read_again_when_it_was_replaced(
     assert_same_as_twin(model, x, WeightKernel)
 
 
+class MayReturnNone(Norm):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x) if x.mean() > 100 else None
+
+
+class ReturnsNothing(Norm):
+    def forward(self, x: Tensor) -> None:  # type: ignore[override]
+        super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [MayReturnNone, ReturnsNothing])
+def test_a_member_that_may_return_none_runs_at_its_own_call(x: Tensor, norm: type[Norm]) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x if h is None else self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].norm = norm().to(x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert effect_of(norm(), norm).what == "may return None"  # type: ignore[union-attr]
+
+
 class Collective(Norm):
     def forward(self, x: Tensor) -> Tensor:
         torch.distributed.all_reduce(x)
