@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 UNKNOWN = object()
 _SILENT = ("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "PUSH_NULL", "RESUME")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
+_WRITING_KEYWORDS = frozenset(("out", "inplace", "max_norm"))
+# Several of these load two variables, the second on top; argval is a tuple then.
+_VARIABLE = ("LOAD_FAST", "STORE_FAST_LOAD_FAST")
 _SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
 
 
@@ -28,17 +32,22 @@ class Load(NamedTuple):
         attributes: taken one after the other.
         given: names that are loaded for the arguments of its call, `self` aside; None where
             it is not called then and there.
+        arguments: number of arguments of that call, with keywords; None where it cannot be told.
     """
 
     kind: str
     name: str
     attributes: tuple[str, ...]
     given: frozenset[str] | None
+    arguments: int | None
 
 
 class Store(NamedTuple):
-    """What code stores in place: `kind` is `"own"`, `"attribute"`, `"item"`, `"global"` or
-    `"local"`, the last for an augmented assignment."""
+    """What code stores in place.
+
+    `kind` is `"own"`, `"attribute"`, `"item"`, `"global"`; `"local"` for an augmented
+    assignment; `"keyword"` for an argument that says where a function writes to.
+    """
 
     kind: str
     name: str
@@ -48,19 +57,24 @@ class Store(NamedTuple):
 def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
     """Everything the code and the functions in it load; `me` is the name of `self`, if any."""
     found: list[Load] = []
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in _SILENT]
+    instructions = list(dis.get_instructions(code))
     chain: tuple[str, str, list[str]] | None = None
+    after = 0
     for index, instruction in enumerate([*instructions, None]):
+        if instruction is not None and instruction.opname in _SILENT:
+            continue
         if instruction is not None and instruction.opname in _ATTRIBUTE:
             chain = chain or ("value", "", [])
             chain[2].append(instruction.argval)
+            after = index + 1
             continue
         if chain is not None:
             kind, name, attributes = chain
             if name or attributes:
-                given = _given(instructions[index - 1 :], me)
-                found.append(Load(kind, name, tuple(attributes), given))
+                given, count = _given(instructions[after:], me)
+                found.append(Load(kind, name, tuple(attributes), given, count))
         chain = None if instruction is None else _begun(instruction, me)
+        after = index + 1
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += loads_in(constant, me)
@@ -75,7 +89,7 @@ def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] 
         return "import", value, []
     if operation in _SUPER:
         return "super", "", [value]
-    if operation in _CLOSURE or operation.startswith("LOAD_FAST"):
+    if operation in _CLOSURE or operation.startswith(_VARIABLE):
         name = value[-1] if isinstance(value, tuple) else value
         if name == me:
             return "own", "", []
@@ -83,22 +97,30 @@ def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] 
     return None
 
 
-def _given(instructions: list[dis.Instruction], me: str) -> frozenset[str] | None:
-    """What is loaded to call what the first instruction loaded: `self.training`, `tuple`."""
+def _given(
+    instructions: list[dis.Instruction], me: str
+) -> tuple[frozenset[str] | None, int | None]:
+    """What is loaded to call what was loaded just before, as `self.training`; how much."""
     depth, names, previous = 0, set(), ""
-    for instruction in instructions[1:]:
+    for instruction in instructions:
         operation, value = instruction.opname, instruction.argval
+        if instruction.opcode in _JUMPS:
+            break  # What comes next is not what runs next.
         if operation in _ATTRIBUTE:
             names.add(f"self.{value}" if previous == me else value)
-        elif operation.startswith("LOAD_") and isinstance(value, str) and value != me:
-            names.add(value if operation in _GLOBAL else f"local {value}")
-        previous = value[-1] if isinstance(value, tuple) and value else value
+        elif operation in _GLOBAL:
+            names.add(value)
+        elif operation in _CLOSURE or operation.startswith(_VARIABLE):
+            variables = value if isinstance(value, tuple) else (value,)
+            names.update(f"local {variable}" for variable in variables if variable != me)
+        if operation not in _SILENT:
+            previous = value[-1] if isinstance(value, tuple) and value else value
         depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
         if operation.startswith("CALL") and depth <= 0:
-            return frozenset(names)
+            return frozenset(names), None if operation == "CALL_FUNCTION_EX" else instruction.arg
         if depth < 0:
             break
-    return None
+    return None, None
 
 
 @lru_cache(maxsize=4096)
@@ -123,16 +145,43 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         elif operation.startswith("STORE_") and in_place:
             found.append(Store("local", str(instruction.argval)))
         in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
-        value = instruction.argval if operation.startswith("LOAD_") else None
+        loads = operation.startswith(("LOAD_", *_VARIABLE))
+        value = instruction.argval if loads else None
         previous = value[-1] if isinstance(value, tuple) and value else value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += stores_in(constant, me)
+        names = constant if isinstance(constant, tuple) else (constant,)
+        found += [Store("keyword", str(name)) for name in names if name in _WRITING_KEYWORDS]
     return tuple(found)
 
 
 def _is_own(name: str, code: CodeType, me: str) -> bool:
     return any(load.kind == "own" and load.attributes[:1] == (name,) for load in loads_in(code, me))
+
+
+def returns_none(code: CodeType) -> bool:
+    """Whether the code may return None, by `return` or by reaching its end."""
+    before: list[str] = []
+    value: Any = UNKNOWN
+    for instruction in dis.get_instructions(code):
+        operation = instruction.opname
+        if operation in _SILENT:
+            continue
+        if operation == "RETURN_CONST":
+            value = instruction.argval
+        if operation.startswith("RETURN_") and value is None:
+            while before and before[-1] == "LOAD_CONST":
+                before.pop()
+            # But not where a `with` would go on, had it swallowed an exception.
+            popped = len(before)
+            while before and before[-1] == "POP_TOP":
+                before.pop()
+            if len(before) == popped or before[-1:] != ["POP_EXCEPT"]:
+                return True
+        value = instruction.argval if operation == "LOAD_CONST" else UNKNOWN
+        before.append(operation)
+    return False
 
 
 def callees_of(

@@ -74,6 +74,9 @@ class Chain:
             _armed=False,
             _running=self.running,
             _capabilities={},
+            _dtypes=set(),
+            _device=None,
+            _has_buffers=False,
             _refusal=self.refusal,
             _why_unprepared=None,
         )

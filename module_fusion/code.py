@@ -29,7 +29,8 @@ def asks_for_tensors(code: CodeType) -> bool:
     if any(instruction.opname == "MATCH_CLASS" for instruction in dis.get_instructions(code)):
         return True
     for load in loads_in(code, "self" if code.co_varnames[:1] == ("self",) else ""):
-        if {"__class__", "is_tensor", "issubclass"} & {load.name, *load.attributes}:
+        names = {load.name, *load.attributes}
+        if {"is_tensor", "issubclass"} & names or "__class__" in load.attributes:
             return True
         if _asks_for_type(load):
             return True
@@ -45,12 +46,14 @@ def _asks_for_type(load: Load) -> bool:
     return load.kind == "global" and load.name == "type" and load.given != frozenset()
 
 
-def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
+def code_that_asks_for_type(
+    module: nn.Module, members: set[int], known: dict[type, str | None]
+) -> str | None:
     """The name of code around the members that calls `type(...)`, None if there is none.
 
     Looks at the `forward` of the module and of everything below it but the members, and at
     the functions that those name, as far as they are Python and outside of torch and of
-    Python's own library.
+    Python's own library. `known` keeps what was found for a class.
     """
     pending: list[Any] = [module]
     seen = set()
@@ -60,15 +63,16 @@ def code_that_asks_for_type(module: nn.Module, members: set[int]) -> str | None:
         if type(current) not in seen:
             cls: Any = type(current)
             seen.add(cls)
-            asking = _what_asks_for_type(cls, cls.forward)
+            if cls not in known:
+                known[cls] = _what_asks_for_type(cls)
+            asking = known[cls]
             if asking is not None:
                 return asking
     return None
 
 
-@lru_cache(maxsize=4096)
-def _what_asks_for_type(cls: Any, forward: Any) -> str | None:
-    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(forward)]
+def _what_asks_for_type(cls: Any) -> str | None:
+    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(cls.forward)]
     seen: set[FunctionType] = set()
     while pending:
         function, owner = pending.pop()
@@ -84,14 +88,14 @@ def _what_asks_for_type(cls: Any, forward: Any) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def call_order(function: FunctionType) -> dict[str, int]:
+def call_order(code: CodeType) -> dict[str, int]:
     """Where a method calls its own attributes, as `self.norm(...)`: position by name.
 
     Only names for which the source leaves no doubt: mentioned once, in that call, outside of
     loops and inner functions. So of two such names, if both are called, the lower is first.
     """
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return {}
     definition = tree.body[0]

@@ -314,10 +314,7 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
     if kind in _IMMUTABLE or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple):
-        items = [materialise(item, seen) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        return _materialised_tuple(value, seen)
     fields = getattr(kind, "__dataclass_fields__", None)
     if not isinstance(value, (dict, list)) and fields is None:
         return value
@@ -338,6 +335,22 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
         if real is not item:
             object.__setattr__(value, name, real)
     return value
+
+
+def _materialised_tuple(value: tuple[Any, ...], seen: dict[int, Any] | None) -> Any:
+    traced = torch.compiler.is_dynamo_compiling()  # It knows no `id` of a tuple.
+    if not traced:
+        seen = {} if seen is None else seen
+        if id(value) in seen:
+            return seen[id(value)]
+    items = [materialise(item, seen) for item in value]
+    result: Any = value
+    if not all(new is old for new, old in zip(items, value, strict=True)):
+        kind = type(value)
+        result = kind(*items) if hasattr(kind, "_fields") else kind(items)
+    if seen is not None and not traced:
+        seen[id(value)] = result
+    return result
 
 
 def computed(value: Any) -> Any:

@@ -28,6 +28,7 @@ from .bytecode import (
     loads_in,
     methods_of,
     resolved,
+    returns_none,
     self_of,
     stores_in,
     uses_super,
@@ -61,10 +62,22 @@ _PURE_BUILTINS = frozenset(
     )
 )  # fmt: skip
 _PURE_MODULES = (math.__name__, operator.__name__, "_operator", "typing", "collections.abc")
+_WRITING_OPERATORS = frozenset(
+    name for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])
+) | {"iconcat", "setitem", "delitem"}
+_WRITING_METHODS = frozenset(
+    (
+        "__setitem__", "__delitem__", "__setattr__", "__delattr__", "__set__", "__delete__",
+        *(f"__{name}__" for name in _WRITING_OPERATORS),
+    )
+)  # fmt: skip
 _READING = frozenset(("get", "items", "keys", "values", "index", "count", "copy"))
 _OF_MODULES = frozenset(
-    ("parameters", "named_parameters", "buffers", "children", "modules", "get_parameter")
-)
+    (
+        "parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children",
+        "modules", "named_modules", "get_parameter", "get_buffer", "get_submodule", "_conv_forward",
+    )
+)  # fmt: skip
 _DATA: tuple[Any, ...] = (
     bool,
     int,
@@ -78,6 +91,16 @@ _DATA: tuple[Any, ...] = (
     torch.device,
 )
 _DATA += (torch.layout, torch.memory_format, torch.Size)
+
+
+# Layers of torch that only compute, whatever their settings are.
+_PURE_LAYERS = frozenset(
+    (
+        nn.Linear, nn.Bilinear, nn.Identity, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
+        nn.ConvTranspose2d, nn.ConvTranspose3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.GELU,
+        nn.Sigmoid, nn.Tanh, nn.Softmax,
+    )
+)  # fmt: skip
 
 
 class Effect(NamedTuple):
@@ -96,6 +119,8 @@ class _Findings(NamedTuple):
     stored: frozenset[str]
 
 
+_Known = dict[tuple[types.FunctionType, type | None, bool], _Findings]
+
 # A call that is told whether to train: by its module, or by a caller who is told.
 _TOLD = {"self.training", "local training"}
 _NOTHING = _Findings(None, None, frozenset(), frozenset())
@@ -108,8 +133,14 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
         return Effect("runs code that is not Python", _always)
     if is_of_torch(forward):
         return _effect_in_torch(module, cls, forward)
-    found = _of_method(cls, "forward")
-    what = found.always or _what_own_does(module, cls, found, set())
+    if returns_none(forward.__code__):
+        # No value can stand for None: `is` asks nobody.
+        return Effect("may return None", _always)
+    try:
+        found = _of_method(cls, "forward")
+        what = found.always or _what_own_does(module, cls, found, set())
+    except RecursionError:
+        return Effect("calls functions that call each other too deeply to be read", _always)
     if what is not None:
         return Effect(what, _always)
     return Effect(found.in_training, _trains) if found.in_training else None
@@ -135,13 +166,9 @@ def _effect_in_torch(
 
 
 def _of_method(cls: Any, name: str) -> _Findings:
-    # Someone may give the class another method between two fusions.
-    return _of_methods(cls, tuple(methods_of(cls, name)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_methods(cls: Any, methods: tuple[types.FunctionType, ...]) -> _Findings:
-    return _merged([_of_function(method, cls, True, ()) for method in methods])
+    # Not kept for later: anyone may replace a method, or a function it names, meanwhile.
+    known: _Known = {}
+    return _merged([_of_function(f, cls, True, known) for f in methods_of(cls, name)])
 
 
 def _merged(findings: list[_Findings]) -> _Findings:
@@ -154,19 +181,21 @@ def _merged(findings: list[_Findings]) -> _Findings:
 
 
 def _of_function(
-    function: types.FunctionType, cls: type | None, is_method: bool, around: tuple[Any, ...]
+    function: types.FunctionType, cls: type | None, is_method: bool, known: _Known
 ) -> _Findings:
-    """What a function does, as a method of a class or by itself."""
-    if function in around:
-        return _NOTHING
-    around = (*around, function)
+    """What a function does, as a method of a class or by itself; once for each in `known`."""
+    key = (function, cls, is_method)
+    if key in known:
+        return known[key]
+    known[key] = _NOTHING  # What calls itself does nothing more than the rest of it does.
     me = self_of(function) if is_method else ""
     found = [_of_stores(function, me)]
     if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         found.append(_NOTHING._replace(always=f"runs {function.__qualname__} bit by bit"))
     for load in loads_in(function.__code__, me):
-        found.append(_of_load(load, function, cls, around))
-    return _merged(found)
+        found.append(_of_load(load, function, cls, known))
+    known[key] = _merged(found)
+    return known[key]
 
 
 def _of_stores(function: types.FunctionType, me: str) -> _Findings:
@@ -179,34 +208,41 @@ def _of_stores(function: types.FunctionType, me: str) -> _Findings:
 
 
 def _of_load(
-    load: Load, function: types.FunctionType, cls: type | None, around: tuple[Any, ...]
+    load: Load, function: types.FunctionType, cls: type | None, known: _Known
 ) -> _Findings:
     if load.kind == "import":
         return _NOTHING._replace(always=f"imports {load.name} when it runs")
     if load.kind == "own":
-        return _of_own(load, cls, around)
+        return _of_own(load, cls, known)
     bases = cls.__mro__[1:] if cls is not None and uses_super(function) else ()
     if load.kind in ("value", "super"):
         found = []
         for name in load.attributes[:1]:
             for base in bases:
+                if name == "forward" and base in _PURE_LAYERS:
+                    found.append(_NOTHING)
+                    break
                 methods = layers_of(base.__dict__.get(name))
-                found += [_of_function(method, cls, True, around) for method in methods]
+                found += [_of_function(method, cls, True, known) for method in methods]
         rest = load.attributes[1:] if found or load.kind == "super" else load.attributes
         return _merged([*found, *map(_of_attribute, rest)])
+    if load.kind == "closure" and load.name == "__class__" and not load.attributes:
+        return _NOTHING  # Loaded for `super`.
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
-    found = [_of_value(value, text, bool(_TOLD & (load.given or set())), around)]
+    found = [_of_value(value, text, bool(_TOLD & (load.given or set())), known)]
+    if load.given is not None and _is_told_to_write(value, load.arguments):
+        found.append(_NOTHING._replace(always=f"may write to a tensor, in {text}"))
     return _merged([*found, *map(_of_attribute, attributes)])
 
 
-def _of_own(load: Load, cls: type | None, around: tuple[Any, ...]) -> _Findings:
+def _of_own(load: Load, cls: type | None, known: _Known) -> _Findings:
     name = load.attributes[0] if load.attributes else ""
     if name == "training":
         return _NOTHING._replace(in_training="does something else in training")
     methods = methods_of(cls, name) if cls is not None and name else []
     if methods:
-        found = [_of_function(method, cls, True, around) for method in methods]
+        found = [_of_function(method, cls, True, known) for method in methods]
         return _merged([*found, *map(_of_attribute, load.attributes[1:])])
     return _NOTHING._replace(own=frozenset([load.attributes] if name else []))
 
@@ -215,7 +251,7 @@ def _of_own(load: Load, cls: type | None, around: tuple[Any, ...]) -> _Findings:
 def _of_attribute(name: str) -> _Findings:
     """What it does to take this attribute of a tensor or a container, and to call it."""
     what = _what_by_name(name)
-    kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx)
+    kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx, torch.finfo)
     if what is None and not any(hasattr(kind, name) for kind in kinds):
         what = f"uses {name!r} of a value, and it is not known what that does"
     return _NOTHING._replace(always=what)
@@ -224,12 +260,12 @@ def _of_attribute(name: str) -> _Findings:
 def _what_by_name(name: str) -> str | None:
     if name.startswith(_RANDOM_PREFIXES) or name.rstrip("_") in _RANDOM_NAMES:
         return f"may draw random numbers, in {name}"
-    if name.endswith("_") and not name.startswith("__"):
+    if name in _WRITING_METHODS or (name.endswith("_") and not name.startswith("__")):
         return f"may write to a tensor, in {name}"
     return f"uses {name}, and it is not known what that does" if name in _UNREADABLE else None
 
 
-def _of_value(value: Any, text: str, training: bool, around: tuple[Any, ...]) -> _Findings:
+def _of_value(value: Any, text: str, training: bool, known: _Known) -> _Findings:
     """What it does to use this value, and to call it."""
     name = getattr(value, "__name__", "")
     unknown = _NOTHING._replace(always=f"uses {text}, and it is not known what that does")
@@ -238,8 +274,10 @@ def _of_value(value: Any, text: str, training: bool, around: tuple[Any, ...]) ->
     if isinstance(value, functools.partial):
         value = (value.func, *value.args, *value.keywords.values())
     if isinstance(value, tuple):
-        return _merged([_of_value(item, text, training, around) for item in value])
+        return _merged([_of_value(item, text, training, known) for item in value])
     if _is_operation(value):
+        if name.startswith("set_") or (value.__module__ or "").startswith("torch.distributed"):
+            return unknown
         if any(part in name for part in _TRAINED):
             what = f"may draw random numbers or update buffers, in {name}"
             return _Findings(None if training else what, what, frozenset(), frozenset())
@@ -248,17 +286,28 @@ def _of_value(value: Any, text: str, training: bool, around: tuple[Any, ...]) ->
     if name == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return _of_method(owner, "forward")
     if isinstance(value, types.FunctionType):
-        found = _merged([_of_function(f, None, False, around) for f in layers_of(value)])
+        found = _merged([_of_function(f, None, False, known) for f in layers_of(value)])
         if training and "training" in inspect.signature(value).parameters:
             return found._replace(always=None, in_training=found.in_training or found.always)
         return found._replace(always=found.always or found.in_training)
     if isinstance(value, type):
         pure = issubclass(value, (BaseException, tuple, Tensor)) or is_of_torch(value)
+        if issubclass(value, nn.Module):
+            pure = value in _PURE_LAYERS
         return _NOTHING if pure or value.__name__ in _PURE_BUILTINS else unknown
     if isinstance(value, types.BuiltinFunctionType):
         pure = name in _PURE_BUILTINS or value.__module__ in _PURE_MODULES
+        pure = pure and name not in _WRITING_OPERATORS
         return _NOTHING if pure else unknown
     return _NOTHING if (type(value).__module__ or "") in ("typing", "types") else unknown
+
+
+def _is_told_to_write(function: Any, count: int | None) -> bool:
+    """Whether a function of torch gets its argument `inplace` by position."""
+    if not isinstance(function, types.FunctionType) or not is_of_torch(function):
+        return False
+    parameters = list(inspect.signature(function).parameters)
+    return "inplace" in parameters and (count is None or count > parameters.index("inplace"))
 
 
 def _is_operation(value: Any) -> bool:
@@ -276,13 +325,24 @@ def _what_own_does(
     """What the attributes do that the code takes of this very module."""
     own = module.__dict__
     tensors = own["_parameters"].keys() | own["_buffers"].keys() | own["_modules"].keys()
-    written = next((name for name in sorted(found.stored) if name in tensors), None)
+    written = next(
+        (
+            name
+            for name in sorted(found.stored)
+            if name in tensors or isinstance(inspect.getattr_static(cls, name, None), property)
+        ),
+        None,
+    )
     if written is not None:
         return f"may write to its {written}"
     for name, *rest in found.own:
         value = _attribute_of(module, cls, name)
         what: str | None = None
-        if isinstance(value, nn.Module):
+        if name not in own and isinstance(value, types.FunctionType):
+            # A method of torch; those of others are among the findings themselves.
+            pure = name in _OF_MODULES
+            what = None if pure else f"uses its {name}, and it is not known what that does"
+        elif isinstance(value, nn.Module):
             what = _what_child_does(value, rest, seen)
         elif isinstance(value, Tensor):
             what = _merged([*map(_of_attribute, rest)]).always
@@ -290,11 +350,13 @@ def _what_own_does(
             items = value.values() if isinstance(value, dict) else value
             readable = set(rest) <= _READING and not any(map(callable, items))
             what = None if readable else f"uses its {name}, and it is not known what that does"
+        elif isinstance(value, types.MethodType) and value.__self__ is module and not rest:
+            what = _what_child_does(module, [value.__name__], seen)
         elif rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
             plain = len(rest) == 1 and isinstance(vars_of(value).get(rest[0]), _DATA)
             what = None if plain else f"uses its {name}, and it is not known what that does"
         else:
-            what = _of_value(value, f"its {name}", False, ()).always
+            what = _of_value(value, f"its {name}", False, {}).always
         if what is not None:
             return what
     return None

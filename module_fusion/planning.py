@@ -68,6 +68,7 @@ def make_jobs(
     plans: dict[Any, Plan] = {}
     running: set[int] = set()
     speculations: dict[Any, Speculation] = {}
+    asking: dict[type, str | None] = {}
     jobs: dict[tuple[int, ...], Job] = {}
     for group in groups:
         _check_members(model, group)
@@ -85,7 +86,7 @@ def make_jobs(
             check_roles(names)
         if kernel is not None and len(group.modules) > 1:
             boundary = _boundary(modules, [p for m in group.modules for p in places[id(m)]])
-            refusal = _refusal_to_capture(boundary, group.modules)
+            refusal = _refusal_to_capture(boundary, group.modules, asking)
         chain = Chain(group.modules[:-1], names, plans[key], kernel, refusal, running)
         existing = _existing(group, chain)
         alike = (key, boundary and original_class(boundary[1]))
@@ -141,7 +142,7 @@ def _check_order(model: nn.Module, group: Group) -> None:
             parent = parent._modules[one.pop(0)]  # type: ignore[assignment]
             other.pop(0)
         forward = function_of(original_class(parent).forward)
-        order = call_order(forward) if forward is not None else {}
+        order = call_order(forward.__code__) if forward is not None else {}
         if order.get(one[0], -1) > order.get(other[0], len(order)):
             raise SpecMismatchError(
                 f"{second!r} runs before {first!r}: {original_class(parent).__qualname__}.forward "
@@ -215,11 +216,13 @@ def _holders(
 
 
 def _refusal_to_capture(
-    boundary: tuple[str, nn.Module] | None, members: Sequence[nn.Module]
+    boundary: tuple[str, nn.Module] | None,
+    members: Sequence[nn.Module],
+    known: dict[type, str | None],
 ) -> str | None:
     if boundary is None:
         return "no module around the members has a forward of its own class, to capture calls in"
-    asking = code_that_asks_for_type(boundary[1], set(map(id, members)))
+    asking = code_that_asks_for_type(boundary[1], set(map(id, members)), known)
     return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
 
 

@@ -146,4 +146,12 @@ class WeightKernel(nn.Module):
         return F.linear(gate, mlp.down_proj.weight)
 
 
+def noise(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x)
+
+
+def doubled_tensor(value: Any) -> Any:
+    return value * 2 if type(value) is Tensor else value
+
+
 PATHS = ["layers.*.norm", "layers.*.mlp"]

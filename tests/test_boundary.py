@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from written import assert_same, fuse, gradients, model_of, path_of
 
-from module_fusion import DeferredUseError, fuse_modules
+from module_fusion import DeferredUseError, fuse_modules, report
 
 
 @dataclass
@@ -283,3 +283,89 @@ def test_a_parent_that_returns_itself_in_a_cycle_is_returned(x: Tensor) -> None:
     model = model_of(forward, x.device)
     fuse(model)
     assert type(model(x)["h"]) is Tensor
+
+
+def test_a_root_with_an_instance_level_forward_before_fusing_returns_real_tensors(
+    x: Tensor,
+) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    root = model_of(lambda self, x: self.norm(x) if self.only_norm else x, x.device)[0]
+    root.only_norm = True
+    expected = root(x)
+    add_hook_to_module(root, ModelHook())
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(root, ["norm", "mlp"], kernel="Kernel")
+    value = root(x)
+    assert type(value) is Tensor
+    assert torch.equal(value, expected)
+    assert report(root).groups[0].reason == (
+        "no module around the members has a forward of its own class, to capture calls in"
+    )
+
+
+@pytest.mark.parametrize("fused_at", ["norm.inner", "again.inner"])
+@pytest.mark.parametrize("called_at", ["norm", "again"])
+def test_a_hook_on_either_module_around_a_shared_member_sees_the_real_value(
+    x: Tensor, fused_at: str, called_at: str
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(getattr(self, called_at)(x))
+
+    model = model_of(forward, x.device)
+    block = model[0]
+    block.again, block.norm = Wrapper(block.norm), Wrapper(block.norm)
+    expected = model(x)
+    seen: list[type] = []
+    getattr(block, called_at).register_forward_hook(lambda m, args, out: seen.append(type(out)))
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"norm": f"0.{fused_at}", "mlp": "0.mlp"}, kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert seen == [Tensor]
+
+
+@dataclass(eq=False)
+class Node:
+    value: Any
+    other: Any = None
+
+
+def test_a_dataclass_that_holds_itself_is_returned_with_real_tensors(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        first, second = Node(self.norm(x)), Node(x)
+        first.other, second.other = second, first
+        return first
+
+    model = model_of(forward, x.device)
+    expected = model(x).value
+    fuse(model)
+    got = model(x)
+    assert type(got.value) is Tensor
+    assert torch.equal(got.value, expected)
+    assert got.other.other is got
+
+
+@pytest.mark.parametrize("kind", [list, dict, tuple, Pair])
+def test_a_container_that_is_shared_is_looked_into_once(x: Tensor, kind: Any) -> None:
+    looked = [0]
+
+    class Counted(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            looked[0] += 1
+            return super().__getitem__(index)
+
+    def forward(self: Any, x: Tensor) -> Any:
+        value: Any = Counted([self.norm(x)])
+        for _ in range(40):
+            value = {
+                list: lambda value: [value, value],
+                tuple: lambda value: (value, value),
+                dict: lambda value: {"a": value, "b": value},
+                Pair: lambda value: Pair(value, value),
+            }[kind](value)
+        return value
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    model(x)
+    assert looked == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -11,9 +12,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import support
 import torch
 from support import Block, Mlp, Norm, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from written import PATHS, assert_same, fuse, gradients, model_of, path_of
 
@@ -613,6 +617,122 @@ class Between(nn.Module):
         return type_asking(h)
 
 
+class AsksInItsMethod(Block):
+    def ask(self, h: Any) -> Any:
+        return h * 2 if type(h) is Tensor else h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ask(self.norm(x)))
+
+
+class Asks(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.mlp(h * 2 if type(h) is Tensor else h)
+
+
+class AsksInItsBase(Asks):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def asking_decorator(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def decorated(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return forward(self, h * 2 if type(h) is Tensor else h)
+
+    return decorated
+
+
+class AsksInADecorator(Block):
+    @asking_decorator
+    def forward(self, h: Tensor) -> Tensor:
+        return self.mlp(h)
+
+
+class AsksInAModule(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(support.doubled_tensor(self.norm(x)))
+
+
+@pytest.mark.parametrize("block", [AsksInItsMethod, AsksInItsBase, AsksInADecorator, AsksInAModule])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_code_below_the_parent_asks_for_type_nothing_is_captured(
+    x: Tensor, block: type[Block], compiled: bool
+) -> None:
+    model = nn.Sequential(block()).to(x.device)
+    expected = model(x)
+    fuse(model)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    assert torch.equal(run(x), expected)
+    assert "asks for type(...), which a captured output cannot answer" in str(path_of(model)[2])
+
+
+Alias = Tensor
+
+
+class AsksByAlias(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.mlp(h * 2 if isinstance(h, Alias) else h)
+
+
+class AsksByAliasInAMethod(Block):
+    def ask(self, h: Any) -> Any:
+        return h * 2 if isinstance(h, Alias) else h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ask(self.norm(x)))
+
+
+class AsksByAliasInItsBase(AsksByAlias):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("block", [AsksByAlias, AsksByAliasInAMethod, AsksByAliasInItsBase])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_isinstance_by_another_name_is_answered_as_the_real_value_would(
+    x: Tensor, block: type[Block], compiled: bool
+) -> None:
+    model = nn.Sequential(block()).to(x.device)
+    expected = model(x)
+    fuse(model)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    assert torch.equal(run(x), expected)
+
+
+def by_callable(h: Any) -> Any:
+    return h * 2 if callable(h) else h
+
+
+def by_class(h: Any) -> Any:
+    return h * 2 if h.__class__ is Tensor else h
+
+
+def by_name_of_class(h: Any) -> Any:
+    return h * 2 if h.__class__.__name__ == "Tensor" else h
+
+
+@functools.singledispatch
+def by_dispatch(h: Any) -> Any:
+    return h
+
+
+@by_dispatch.register(Tensor)
+def double(h: Any) -> Any:
+    return h * 2
+
+
+@pytest.mark.parametrize("ask", [by_callable, by_class, by_name_of_class, by_dispatch])
+def test_other_questions_are_answered_as_the_real_value_would(x: Tensor, ask: Any) -> None:
+    model = model_of(lambda self, x: x + self.mlp(ask(self.norm(x))), x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("where", ["parent", "helper", "module"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_where_code_asks_for_type_nothing_is_captured(
@@ -769,6 +889,118 @@ def test_a_mode_over_the_whole_forward_runs_the_members(x: Tensor) -> None:
     with x.device:
         assert torch.equal(model(x), expected)
     assert "a TorchFunctionMode or TorchDispatchMode is active" in str(path_of(model)[2])
+
+
+class TwiceTheRoot(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.rsqrt else result
+
+
+class KernelWithoutRsqrt(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, mlp = self.norm, self.mlp
+        x = norm.weight * (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        gate = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+        return F.linear(gate, mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("around", ["first", "model"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_a_function_mode_the_members_run_in_eager_and_in_graphs(
+    x: Tensor, around: str, compiled: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if around == "model":
+            return x + self.mlp(self.norm(x))
+        with TwiceTheRoot():
+            h = self.norm(x)
+        return x + self.mlp(h)
+
+    def result() -> Tensor:
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        with torch.no_grad(), TwiceTheRoot() if around == "model" else nullcontext():
+            return run(x)
+
+    model = model_of(forward, x.device)
+    expected = result()
+    fuse(model, KernelWithoutRsqrt)
+    assert torch.equal(result(), expected)
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_requires_grad_that_is_changed_between_call_and_use_is_an_error(
+    x: Tensor, touched: bool
+) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.norm.requires_grad_(False)
+        h = self.norm(x)
+        self.norm.requires_grad_(True)
+        return x + self.mlp(h * 1 if touched else h)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match=r"modified in place or replaced .*'0.norm'"):
+        model(x)
+
+
+class ReturnsAView(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :] if self.weight.numel() else x
+
+
+def test_a_view_of_an_input_that_is_used_in_inference_mode_is_an_error(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x * 1
+        self.norm(x).add_(1)
+        return self.mlp(self.norm(x)) + x
+
+    model = model_of(forward, x.device)
+    model[0].norm = ReturnsAView().to(x.device)
+    fuse(model, members_kernel(1))
+    with torch.inference_mode(), pytest.raises(DeferredUseError, match="a view of its input"):
+        model(x)
+
+
+class MoreOnRequest(Norm):
+    def forward(self, x: Tensor, more: bool = False) -> Any:  # type: ignore[override]
+        y = super().forward(x)
+        return (y, y.mean(), x.sum()) if more else (y, y.mean())
+
+
+def test_a_tuple_whose_length_depends_on_an_argument_is_unpacked_as_it_is(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor, more: bool = False) -> Tensor:
+        if more:
+            h, _, last = self.norm(x, more)
+        else:
+            h, last = self.norm(x)
+        return self.mlp(h) + last
+
+    model = model_of(forward, x.device)
+    block = model[0]
+    block.norm = MoreOnRequest().to(x.device)
+    expected = [block(x), block(x), block(x, True), block(x)]
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        specs = [ModuleSpec(["x"], ["y", "_"]), ModuleSpec(["y"])]
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    assert_same([block(x), block(x), block(x, True), block(x)], expected)
+    assert runs(kernel) == 2  # Not the first call, and not the one with the argument.
+
+
+def test_a_hook_added_between_call_and_use_is_an_error_that_names_it(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        self.norm.register_forward_hook(lambda *_: None)
+        return x + self.mlp(h + 0)
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with pytest.raises(DeferredUseError, match=r"'0.norm' was changed .*: it has a hook"):
+        model(x)
 
 
 def draws(x: Tensor) -> Tensor:

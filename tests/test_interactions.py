@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import PATHS, Model, WeightKernel, mapped
+from support import PATHS, Model, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from module_fusion import UnfuseError, fuse_modules, report, unfuse_modules
@@ -90,6 +91,90 @@ def test_adapters_of_other_kinds_before_fusing_or_fusing_again(
     fuse(model)
     assert torch.equal(model(x), twin(x))
     assert report(model).groups[0].kernel_calls == 0
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_peft_layers_that_are_the_member_itself_before_fusing(model: Model, x: Tensor) -> None:
+    import peft
+
+    class Kernel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mlp = self.mlp
+            x = F.layer_norm(x, (8,), self.norm.weight, self.norm.bias)
+            gate = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+            return F.linear(gate, mlp.down_proj.weight)
+
+    for block in model.layers:
+        block.norm = nn.LayerNorm(8, device=x.device)
+    config = peft.LNTuningConfig(target_modules=["norm"])
+    model = peft.inject_adapter_in_model(config, model)  # type: ignore[assignment, arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln_tuning" in name:
+                parameter.mul_(3)
+    expected = model(x)
+    with mapped(Kernel=Kernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert "norm is a peft.tuners.ln_tuning.layer.LNTuningLayer, which a kernel" in reason(model)
+
+
+def test_linears_that_transformers_quantizes_as_they_run(x: Tensor) -> None:
+    from transformers import Qwen3Config
+    from transformers.integrations.bitnet import AutoBitLinear
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    model = Model(1).to(x.device)
+    mlp = model.layers[0].mlp = Qwen3MLP(Qwen3Config(hidden_size=8, intermediate_size=16))
+    for name, child in list(mlp.named_children()):
+        if isinstance(child, nn.Linear):
+            sizes = (child.in_features, child.out_features)
+            quantized = AutoBitLinear(*sizes, bias=False, online_quant=True)
+            quantized.weight = child.weight
+            setattr(mlp, name, quantized)
+    model.to(x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert "mlp.gate_proj is a transformers.integrations.bitnet.AutoBitLinear" in reason(model)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_layers_of_transformers_are_checkpointed_as_before_with_the_right_gradients(
+    device: str, use_reentrant: bool, with_kernel: bool
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(device).train()
+    tokens = torch.arange(6, device=device)[None]
+    options = {"use_reentrant": use_reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    twin = copy.deepcopy(model)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        name = "Kernel" if with_kernel else None
+        paths = ["**.layers.*.post_attention_layernorm", "**.layers.*.mlp"]
+        fuse_modules(model, paths, kernel=name)
+    counts: list[list[int]] = []
+    for either in (model, twin):
+        counts.append([])
+        query = either.model.layers[0].self_attn.q_proj
+        query.register_forward_hook(lambda *_, count=counts[-1]: count.append(1))
+        either(tokens, labels=tokens).loss.backward()
+    assert counts == [[1, 1], [1, 1]]
+    assert runs(kernel) == (4 if with_kernel else 0)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_peft_model_around_a_fused_model_and_fused_through_it(x: Tensor) -> None:

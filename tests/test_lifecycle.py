@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import io
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -329,3 +333,94 @@ def test_a_parent_traced_by_fx_can_be_fused(model: Model, x: Tensor) -> None:
         fuse_modules(holder, {"a": "0.0", "b": "0.1"}, kernel="Kernel")
     unfuse_modules(holder)
     assert torch.equal(holder(x), expected)
+
+
+MODULE_OF_A_KERNEL = """
+import torch
+from torch import nn
+from support import WeightKernel
+
+class Kernel(nn.Module):
+    can_torch_compile = has_backward = True
+
+    def forward(self, x):
+        return WeightKernel.forward(self, x)
+"""
+
+
+def test_where_the_module_of_a_kernel_does_not_exist_a_pickle_opens_and_runs_the_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernel_of_the_test.py").write_text(MODULE_OF_A_KERNEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = importlib.import_module("kernel_of_the_test").Kernel
+    model, x = Model(1), torch.randn(2, 8)
+    fuse(model, kernel)
+    expected = model(x)
+    assert kernel_calls(model) == [1]
+    torch.save((model, x, expected), tmp_path / "model.pt")
+    script = (
+        f"import torch; from module_fusion import report;"
+        f"model, x, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False);"
+        f"assert torch.equal(model(x), expected);"
+        f"print(report(model).groups[0].reason)"
+    )
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        cwd=tests.parent,
+    )
+    assert run.stdout.strip() == "no kernel was loaded for 'Kernel'", run.stderr
+
+
+def test_a_plain_function_in_the_seat_stays_there_in_a_copy(x: Tensor) -> None:
+    model = Model(1).to(x.device)
+    expected = model(x)
+    fuse(model)
+    seat = model.layers[0].mlp.fused_kernel
+    seat.forward = lambda x: WeightKernel.forward(seat, x)
+    copied = copy.deepcopy(model)
+    reset_calls(copied)
+    with torch.no_grad():
+        assert torch.equal(copied(x), expected)
+    assert kernel_calls(copied) == [1]
+    assert copied.calls() == [(0, 0)]
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_in_a_copy_a_hook_on_a_module_around_a_member_gets_the_real_value(
+    x: Tensor, hooked: str
+) -> None:
+    model = Model(1).to(x.device)
+    block = model.layers[0]
+    block.norm = Around(block.norm)
+    expected = model(x)
+    seen: list[type] = []
+
+    def watch(model: Model) -> None:
+        model.layers[0].norm.register_forward_hook(lambda m, args, out: seen.append(type(out)))
+
+    if hooked == "before":
+        watch(model)
+    with mapped(Kernel=WeightKernel):
+        paths = {"norm": "layers.*.norm.inner", "mlp": "layers.*.mlp"}
+        fuse_modules(model, paths, kernel="Kernel")
+    copied = copy.deepcopy(model)
+    if hooked == "after":
+        watch(copied)
+    assert torch.equal(copied(x), expected)
+    assert seen == [Tensor]

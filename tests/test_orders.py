@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -209,6 +210,37 @@ def test_fused_leaves_what_was_fused_before_and_takes_an_unfuse_inside() -> None
     with fused(model, PATHS):
         unfuse_modules(model)
     assert report(model).groups == ()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("raised", [False, True])
+def test_fused_over_a_fused_chain_gives_back_the_kernel_that_was_there(
+    loaded: bool, raised: bool
+) -> None:
+    model, x = Model(1), torch.randn(2, 8)
+
+    def mapping(with_kernel: bool) -> Any:
+        return mapped(**({"Kernel": WeightKernel} if with_kernel else {"Other": WeightKernel}))
+
+    with mapping(loaded):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    seat = model.layers[0].mlp.fused_kernel
+    before, keys, kernel = structure(model), list(vars(seat)), seat.kernel
+    expected = model(x)
+    with (
+        pytest.raises(KeyError) if raised else nullcontext(),
+        mapping(not loaded),
+        fused(model, PATHS, kernel="Kernel"),
+    ):
+        assert torch.equal(model(x), expected)
+        if raised:
+            raise KeyError
+    assert structure(model) == before
+    assert seat.kernel is kernel
+    assert list(vars(seat)) == keys
+    calls = report(model).groups[0].kernel_calls
+    assert torch.equal(model(x), expected)
+    assert report(model).groups[0].kernel_calls == calls + loaded
 
 
 def test_the_same_call_again_is_harmless_and_said() -> None:

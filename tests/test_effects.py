@@ -1,0 +1,547 @@
+"""A member whose running has an effect runs at its own call; a pure one is captured."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import operator
+from typing import Any
+
+import pytest
+import support
+import torch
+from support import Block, Mlp, Norm, WeightKernel, members_kernel, runs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.activations import ACT2CLS, ACT2FN
+from written import assert_same, fuse, model_of, path_of
+
+from module_fusion import unfuse_modules
+from module_fusion.effects import effect_of
+
+
+def between(self: Any, x: Tensor) -> Tensor:
+    """Random numbers, the input and the first output are used between and after the members."""
+    x = x * 1
+    h = self.norm(x)
+    y = x + torch.rand_like(x)
+    return self.mlp(h) + y + x + h
+
+
+def assert_same_as_twin(model: nn.Module, x: Tensor, kernel: type[nn.Module]) -> str:
+    """Compare two calls with those of an unfused twin; why the kernel did not run."""
+    twin = copy.deepcopy(model)
+    fuse(model, kernel)
+    results: list[Any] = []
+    with torch.no_grad():
+        for run in (model, twin):
+            torch.manual_seed(4)
+            results.append([run(x), run(x), *run.buffers(), torch.rand(3)])
+    assert_same(*results)
+    kernel_calls, _, reason = path_of(model)
+    assert kernel_calls == 0
+    return str(reason)
+
+
+def model_with(norm: nn.Module, x: Tensor, mlp: nn.Module | None = None) -> nn.Module:
+    model = model_of(between, x.device)
+    model[0].norm = norm
+    model[0].mlp = mlp or model[0].mlp
+    return model.to(x.device).eval()
+
+
+class AddsInPlace(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.weight
+        return x
+
+
+class MlpKernel(nn.Module):
+    """The last member alone, as if the first did nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        gate = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+        return F.linear(gate, mlp.down_proj.weight)
+
+
+class WritesByKeyword(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=True)
+
+
+class WritesByPosition(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, True)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [lambda: nn.ReLU(inplace=True), AddsInPlace, WritesByKeyword, WritesByPosition],
+    ids=["ReLU", "+=", "keyword", "position"],
+)
+def test_a_first_member_that_writes_to_its_input_runs_at_its_own_call(x: Tensor, norm: Any) -> None:
+    reason = assert_same_as_twin(model_with(norm(), x), x, MlpKernel)
+    assert "norm writes to its input" in reason or "norm may write to a tensor" in reason
+
+
+def test_a_last_member_that_writes_to_its_input_runs_itself(x: Tensor) -> None:
+    class Kernel(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.relu(F.linear(input, self.norm.weight, self.norm.bias))
+
+    model = model_with(nn.Linear(8, 8), x, nn.ReLU(inplace=True))
+    assert assert_same_as_twin(model, x, Kernel) == "mlp writes to its input"
+
+
+class Counting(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(1))
+
+
+class CountsByAddition(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x)
+
+
+class CountsInAnItem(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps[0] = self.steps[0] + 1
+        return super().forward(x)
+
+
+class CountsByReplacing(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = self.steps + 1
+        return super().forward(x)
+
+
+class CountsByOut(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.add(self.steps, 1, out=self.steps)
+        return super().forward(x)
+
+
+class CountsInALoop(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        for steps in self.buffers():
+            steps += 1
+        return super().forward(x)
+
+
+class CountsByData(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.data = self.steps + 1
+        return super().forward(x)
+
+
+class CountsInAComprehension(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        [buffer.add_(1) for buffer in (self.steps,)]
+        return super().forward(x)
+
+
+class CountsByOperator(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        operator.iadd(self.steps, 1)
+        return super().forward(x)
+
+
+class CountsByMethod(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.__setitem__(0, self.steps[0] + 1)
+        return super().forward(x)
+
+
+class CountsByRegistering(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("steps", self.steps + 1)
+        return super().forward(x)
+
+
+class CountsInASetter(Counting):
+    @property
+    def count(self) -> Tensor:
+        return self.steps
+
+    @count.setter
+    def count(self, value: Tensor) -> None:
+        self.steps.copy_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        CountsByOperator,
+        CountsByMethod,
+        CountsByRegistering,
+        CountsInASetter,
+        CountsByAddition,
+        CountsInAnItem,
+        CountsByReplacing,
+        CountsByOut,
+        CountsInALoop,
+        CountsByData,
+        CountsInAComprehension,
+    ],
+)
+def test_a_member_that_writes_to_its_buffer_runs_at_its_own_call(x: Tensor, norm: Any) -> None:
+    reason = assert_same_as_twin(model_with(norm(), x), x, WeightKernel)
+    assert reason.startswith(("norm may write to", "norm uses "))
+
+
+class DropsInEval(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, training=True)
+
+
+class NoisyBatchNorm(nn.BatchNorm1d):
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand_like(x)
+
+
+class HoldsDropout(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = DropsInEval(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class DropsBesideAskingForTraining(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.training:
+            y = y * 2
+        return F.dropout(y, 0.5)
+
+
+class DrawsInAModule(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return support.noise(super().forward(x))
+
+
+class DrawsInALocalImport(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        from support import noise
+
+        return noise(super().forward(x))
+
+
+class DrawsInAProperty(Norm):
+    @property
+    def noise(self) -> Tensor:
+        return torch.rand(8, device=self.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.noise
+
+
+class Noise(nn.Module):
+    def noise(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class DrawsInAChild(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Noise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child.noise(super().forward(x))
+
+
+class DrawsInAFunctionOfItsOwn(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = support.noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(super().forward(x))
+
+
+class Jitters(Norm):
+    def jitter(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class DrawsInABase(Jitters):
+    def jitter(self, x: Tensor) -> Tensor:
+        return super().jitter(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.jitter(Norm.forward(self, x))
+
+
+class DrawsInAttention(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.scaled_dot_product_attention(y, y, y, None, 0.5)
+
+
+class DropsInALayerOfTheMoment(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Dropout(0.5)(super().forward(x))
+
+
+class DrawsByMethod(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.new_empty(8).normal_()
+
+
+class DrawsByName(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + getattr(torch, "rand")(8).to(x)  # noqa: B009
+
+
+class DrawsInAList(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noises = [support.noise]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noises[0](super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        HoldsDropout,
+        NoisyBatchNorm,
+        DropsBesideAskingForTraining,
+        DrawsInAModule,
+        DrawsInALocalImport,
+        DrawsInAProperty,
+        DrawsInAChild,
+        DrawsInAFunctionOfItsOwn,
+        DrawsInABase,
+        DrawsInAttention,
+        DropsInALayerOfTheMoment,
+        DrawsByMethod,
+        DrawsByName,
+        DrawsInAList,
+    ],
+)
+def test_a_member_that_draws_random_numbers_runs_at_its_own_call(x: Tensor, norm: Any) -> None:
+    kernel = MlpKernel if norm is NoisyBatchNorm else WeightKernel
+    reason = assert_same_as_twin(model_with(norm(), x), x, kernel)
+    assert reason.startswith("norm")
+
+
+def test_a_last_member_that_draws_random_numbers_runs_itself(x: Tensor) -> None:
+    class Drops(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = DropsInEval(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(super().forward(x))
+
+    reason = assert_same_as_twin(model_with(Norm(), x, Drops()), x, WeightKernel)
+    assert reason.startswith("mlp.drop may draw random numbers")
+
+
+def pair(model_type: str, norm: str, mlp: str, **options: Any) -> Any:
+    """A norm and an MLP of transformers, tiny."""
+
+    def make() -> tuple[nn.Module, nn.Module]:
+        config = AutoConfig.for_model(model_type, **(options or SIZES))
+        modeling = importlib.import_module(
+            f"transformers.models.{model_type}.modeling_{model_type}"
+        )
+        cls = getattr(modeling, norm, None) or getattr(nn, norm)
+        return cls(8), getattr(modeling, mlp)(*([16] if mlp == "GPT2MLP" else []), config)
+
+    return pytest.param(make, id=mlp)
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pair("llama", "LlamaRMSNorm", "LlamaMLP"),
+        pair("gemma", "GemmaRMSNorm", "GemmaMLP"),
+        pair("phi3", "Phi3RMSNorm", "Phi3MLP"),
+        pair("qwen3", "Qwen3RMSNorm", "Qwen3MLP"),
+        pair("olmo2", "Olmo2RMSNorm", "Olmo2MLP"),
+        pair("gpt2", "LayerNorm", "GPT2MLP", n_embd=8, n_head=2),
+        pair("bloom", "LayerNorm", "BloomMLP", hidden_size=8, n_head=2),
+        pair("mpt", "LayerNorm", "MptMLP", d_model=8, n_heads=2),
+    ],
+)
+def test_a_norm_and_an_mlp_of_transformers_are_captured_in_eval(x: Tensor, make: Any) -> None:
+    norm, mlp = make()
+    more = len(inspect.signature(mlp.forward).parameters) - 1
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x), *[x] * more)
+
+    model = model_of(forward, x.device)
+    model[0].norm, model[0].mlp = norm, mlp
+    model.to(x.device).eval()
+    expected = model(x)
+    kernel = members_kernel(1 + more)
+    fuse(model, kernel)
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 1, path_of(model)[2]
+
+
+# One calls a module that is not its own, the other is a layer with weights of another library.
+REFUSED = {"gelu_10": "gelu", "xielu": "a kernel for the member may not know"}
+
+
+@pytest.mark.parametrize("name", sorted(ACT2CLS))
+def test_an_mlp_with_any_activation_of_transformers_is_captured_where_it_may_be(
+    x: Tensor, name: str
+) -> None:
+    class Activated(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = ACT2FN[name]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.activation(self.gate_proj(x)))
+
+    model = model_of(Block.forward, x.device)
+    model[0].mlp = Activated().to(x.device)
+    twin = copy.deepcopy(model)
+    kernel = members_kernel(1)
+    fuse(model, kernel)
+    for training in (True, False):
+        torch.manual_seed(1)
+        got = model.train(training)(x)
+        torch.manual_seed(1)
+        assert torch.equal(got, twin.train(training)(x))
+    reason = str(path_of(model)[2])
+    assert runs(kernel) == (0 if name in REFUSED else 2), reason
+    assert REFUSED.get(name, "") in reason
+
+
+def test_what_a_function_does_is_read_again_when_it_was_replaced(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_with(DrawsInAModule(), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(support, "noise", torch.relu)
+        kernel = members_kernel(1)
+        fuse(model, kernel)
+        model(x)
+        assert runs(kernel) == 1
+        unfuse_modules(model)
+    assert_same_as_twin(model, x, WeightKernel)
+
+
+class MayReturnNone(Norm):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x) if x.mean() > 100 else None
+
+
+class ReturnsNothing(Norm):
+    def forward(self, x: Tensor) -> None:  # type: ignore[override]
+        super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [MayReturnNone, ReturnsNothing])
+def test_a_member_that_may_return_none_runs_at_its_own_call(x: Tensor, norm: type[Norm]) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x if h is None else self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].norm = norm().to(x.device)
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert effect_of(norm(), norm).what == "may return None"  # type: ignore[union-attr]
+
+
+class Collective(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x)
+        return super().forward(x)
+
+
+class SetsTheMode(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        self.train()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Collective, SetsTheMode])
+def test_a_member_that_acts_on_more_than_tensors_has_an_effect(norm: type[Norm]) -> None:
+    effect = effect_of(norm(), norm)
+    assert effect is not None
+    assert effect.happens(norm())
+
+
+def functions(depth: int, calls: int) -> Any:
+    """A function that calls one which calls one, as deep as said, each several times."""
+    namespace: dict[str, Any] = {"f0": torch.sin}
+    for index in range(1, depth + 1):
+        body = " + ".join([f"f{index - 1}(x)"] * calls)
+        exec(f"def f{index}(x): return {body}", namespace)
+    return namespace[f"f{depth}"]
+
+
+@pytest.mark.parametrize(("depth", "calls", "readable"), [(40, 3, True), (3000, 1, False)])
+def test_functions_that_call_many_others_are_read_once_each(
+    depth: int, calls: int, readable: bool
+) -> None:
+    norm = Norm()
+    norm.function = functions(depth, calls)
+    cls = type("Calls", (Norm,), {"forward": lambda self, x: self.function(x)})
+    assert (effect_of(norm, cls) is None) == readable
+
+
+class OnTopOfALayer(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        smallest = torch.finfo(x.dtype).eps
+        return super().forward(x.mT.mT).clamp_min(-1 / smallest)
+
+
+def test_a_member_on_top_of_a_layer_of_torch_that_only_computes_is_captured(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].norm = OnTopOfALayer(8).to(x.device)
+    expected = model(x)
+    kernel = members_kernel(1)
+    fuse(model, kernel)
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 1, path_of(model)[2]
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout(0.0)], ids=["half", "nothing"])
+def test_a_member_with_dropout_is_captured_where_it_drops_nothing(
+    x: Tensor, dropout: nn.Dropout
+) -> None:
+    class Drops(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = dropout
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(super().forward(x))
+
+    model = model_of(Block.forward, x.device)
+    model[0].mlp = Drops().to(x.device)
+    kernel = members_kernel(1)
+    fuse(model, kernel)
+    model(x)
+    model.eval()(x)
+    assert runs(kernel) == (1 if dropout.p else 2)
