@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +40,10 @@ prepare = PatchEmbed.forward.prepare  # type: ignore[attr-defined]
 def several(examples: int) -> settings:
     """Settings for properties that hold on a device, which stays the same for all examples."""
     checks = [*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples, suppress_health_check=checks)
+    # Shrinking compiles, or interprets, a thousand times.
+    slow = INTERPRETED or torch.cuda.is_available()
+    phases = set(Phase) - ({Phase.shrink, Phase.explain} if slow else set())
+    return settings(max_examples=examples, suppress_health_check=checks, phases=phases)
 
 
 @pytest.fixture(autouse=True)

@@ -31,10 +31,12 @@ from module_fusion.kernels.rms_norm_mlp._triton import INTERPRETED, can_run_trit
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Shrinking a failure repeats it a thousand times, which takes the interpreter minutes.
+# Shrinking a failure repeats it a thousand times, which takes the interpreter minutes, and the
+# compiler too.
+SLOW = INTERPRETED or torch.cuda.is_available()
 EXAMPLES = settings(
     max_examples=max(20, settings().max_examples // 40),
-    phases=set(Phase) - ({Phase.shrink, Phase.explain} if INTERPRETED else set()),
+    phases=set(Phase) - ({Phase.shrink, Phase.explain} if SLOW else set()),
 )
 
 if INTERPRETED:
