@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import FusionError
 from ..inventory import Found, row_of
-from ..modules import original_class
+from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
@@ -166,6 +166,12 @@ def _why_not(job: Job, family: FusionFamily) -> str | None:
     if not chain.armed:
         return chain.why_not_running()
     members = job.group.modules
+    for role, member in zip(family.roles, members, strict=True):
+        state = state_of(member)
+        assert state is not None and state.form is not None
+        reason = state.form.why_not_plain(member, role, [])
+        if reason is not None:
+            return reason
     certificate = certify(chain, members, lambda: family.samples(members, seeded()))
     chain.family = family.name
     if certificate is None:
