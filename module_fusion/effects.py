@@ -13,7 +13,9 @@ import logging
 import math
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -119,6 +121,8 @@ class _Findings(NamedTuple):
     stored: frozenset[str]
 
 
+_NOT_READ: dict[tuple[Any, str], _Findings] = {}
+_READ: ContextVar[dict[tuple[Any, str], _Findings]] = ContextVar("_READ", default=_NOT_READ)
 _Known = dict[tuple[types.FunctionType, type | None, bool], _Findings]
 
 # A call that is told whether to train: by its module, or by a caller who is told.
@@ -165,10 +169,25 @@ def _effect_in_torch(
     return Effect("draws random numbers", _always) if name.startswith("Fractional") else None
 
 
+@contextmanager
+def code_read_once() -> Iterator[None]:
+    """Inside, the code of a class is read once. Not for longer: anyone may replace a method."""
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 def _of_method(cls: Any, name: str) -> _Findings:
-    # Not kept for later: anyone may replace a method, or a function it names, meanwhile.
-    known: _Known = {}
-    return _merged([_of_function(f, cls, True, known) for f in methods_of(cls, name)])
+    read = _READ.get()
+    if (cls, name) not in read:
+        known: _Known = {}
+        found = _merged([_of_function(f, cls, True, known) for f in methods_of(cls, name)])
+        if read is _NOT_READ:
+            return found
+        read[cls, name] = found
+    return read[cls, name]
 
 
 def _merged(findings: list[_Findings]) -> _Findings:

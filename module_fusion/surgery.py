@@ -15,11 +15,8 @@ import torch
 from kernels import Mode, kernelize
 from torch import nn
 
-from .errors import (
-    FusionError,
-    NotFusableError,
-    UnfuseError,
-)
+from .effects import code_read_once
+from .errors import FusionError, NotFusableError, UnfuseError
 from .inventory import Found, chains_in, members_of, row_of, states_of, strays_in
 from .kernels import builtin_kernels
 from .modules import (
@@ -133,8 +130,8 @@ def apply_jobs(
     try:
         for job in new:
             _apply(job, undo)
-        if kernel is not None:
-            for job in jobs:
+        with code_read_once():
+            for job in jobs if kernel is not None else ():
                 restore = _restorer_of_kernel(job)
                 undo.append(restore)
                 if job.is_fused:

@@ -168,7 +168,8 @@ def _why_not(job: Job, family: FusionFamily) -> str | None:
     members = job.group.modules
     for role, member in zip(family.roles, members, strict=True):
         state = state_of(member)
-        assert state is not None and state.form is not None
+        assert state is not None
+        assert state.form is not None
         reason = state.form.why_not_plain(member, role, [])
         if reason is not None:
             return reason
