@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .chain import Chain
-from .modules import ModuleState, original_class, state_of
+from .modules import KEY, ModuleState, original_class, state_of
 from .report import GroupReport
 
 
@@ -43,9 +43,10 @@ def chains_in(model: nn.Module) -> list[Found]:
     ends: list[tuple[nn.Module, ModuleState]] = []
     for name, module in model.named_modules():
         names[id(module)] = name or "(the module itself)"
-        state = state_of(module)
-        if state is not None and state.chain is not None:
-            ends.append((module, state))
+        if KEY in module.__dict__:
+            state = state_of(module)
+            if state is not None and state.chain is not None:
+                ends.append((module, state))
     return [
         Found(
             state.chain,
@@ -71,7 +72,9 @@ def strays_in(model: nn.Module, chains: Sequence[Found]) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if (state := state_of(module)) is not None and id(state) not in known
+        if KEY in module.__dict__
+        and (state := state_of(module)) is not None
+        and id(state) not in known
     ]
 
 
