@@ -3,5 +3,6 @@
 from . import patch_embeddings, rms_norm_mlp  # noqa: F401  (they register themselves)
 from .family import FusionFamily, register_family
 from .fuse import fuse
+from .layout import WeightLayout
 
-__all__ = ["FusionFamily", "fuse", "register_family"]
+__all__ = ["FusionFamily", "WeightLayout", "fuse", "register_family"]
