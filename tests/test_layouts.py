@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from packed import PackedNormMLP, PackedNormMLPFamily
 from structure import structure
@@ -340,6 +341,13 @@ def test_a_state_dict_saves_and_loads_as_that_of_an_unfused_model(
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     fuse(model, FAMILY)
     torch.save(model.state_dict(), tmp_path / "fused.pt")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "fused.safetensors")
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    for name in ("fused", "model"):
+        read = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert {k: v.tolist() for k, v in read.items()} == {
+            k: v.tolist() for k, v in model.state_dict().items()
+        }
     plain, fused = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "fused"))
     assert list(plain) == list(fused)
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
