@@ -1,8 +1,8 @@
 """Weights that lie side by side in one packed tensor, as some kernels want them.
 
-The members' parameters stay the same objects; their data are views of the packed tensor.
-Nobody holds that tensor: it is what lies under the parameters, and is found there anew at
-every call. So it cannot be older than they are, and costs no memory of its own.
+The members' parameters stay the same objects, and their data lie in the packed tensor's memory.
+Nobody but they keeps that memory: the packed tensor is found under them anew at every call. So
+it cannot be older than they are, and costs nothing of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .errors import NotFusableError
 
@@ -40,9 +41,11 @@ class WeightView(NamedTuple):
         return module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """How the weights of one group are packed: plain data, the same in every copy.
+    """How the weights of one group are packed.
+
+    A copy, by deepcopy or pickle, has weights of its own that are not packed, and knows it.
 
     Attributes:
         name: the name by which a kernel reads the packed tensor.
@@ -51,7 +54,7 @@ class Packing:
         stride: of the packed tensor.
         offset: of the packed tensor in its storage.
         dtype: of all of them.
-        nbytes: size of the storage, which the parameters fill.
+        storage: the memory, which the parameters keep alive, and this does not.
     """
 
     name: str
@@ -60,49 +63,78 @@ class Packing:
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
-    nbytes: int
+    storage: StorageWeakRef | None
 
-    def tensor(self, members: Sequence[nn.Module]) -> Tensor | None:
-        """The packed tensor, without gradient; None where a weight is no longer a view of it."""
-        base = storage = None
+    def is_current(self, members: Sequence[nn.Module]) -> bool:
+        """Whether every weight is in its place in the packed tensor."""
+        storage = self._memory()
+        if storage is None:
+            return False
+        start, size = storage.data_ptr(), self.dtype.itemsize
         for view in self.views:
             owner = view.owner(members)
             parameter = None if owner is None else owner._parameters.get(view.key)
-            if type(parameter) is not nn.Parameter or not self._fits(parameter, view):
-                return None
-            address = parameter.untyped_storage().data_ptr()
-            if base is None:
-                base, storage = parameter, address
-            elif address != storage:
-                return None
-        assert base is not None
-        return base.detach().as_strided(self.shape, self.stride, self.offset)
+            if (
+                type(parameter) is not nn.Parameter
+                or parameter.data_ptr() != start + view.offset * size
+                or parameter.shape != view.shape
+                or parameter.stride() != view.stride
+                or parameter.dtype is not self.dtype
+                or parameter.device != storage.device
+            ):
+                return False
+        return True
+
+    def tensor(self, members: Sequence[nn.Module]) -> Tensor | None:
+        """The packed tensor, without gradient; None where a weight is elsewhere."""
+        storage = self._memory()
+        if storage is None or not self.is_current(members):
+            return None
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.shape, self.stride)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the packed memory."""
+        storage = self._memory()
+        if storage is None or tensor.device != storage.device:
+            return False
+        return 0 <= tensor.data_ptr() - storage.data_ptr() < storage.nbytes()
 
     def separate(self, members: Sequence[nn.Module]) -> None:
-        """Give every parameter that is in the packed storage a storage of its own.
+        """Give every parameter in the packed memory memory of its own.
 
         An adapter may have put a parameter elsewhere in its member, so all are looked at.
         """
-        places = {(view.offset, view.shape, view.stride) for view in self.views}
+        if len(self.views) == 1:
+            return
         with torch.inference_mode(False), torch.no_grad():
             for member in members:
                 for parameter in member.parameters():
-                    if type(parameter) is not nn.Parameter or parameter.device.type == "meta":
-                        continue
-                    place = (parameter.storage_offset(), parameter.shape, parameter.stride())
-                    size = parameter.untyped_storage().nbytes()
-                    shares = size == self.nbytes != parameter.nbytes
-                    if shares and place in places and parameter.dtype is self.dtype:
+                    if type(parameter) is nn.Parameter and self.holds(parameter):
                         parameter.data = parameter.detach().clone()
 
-    def _fits(self, parameter: Tensor, view: WeightView) -> bool:
-        return (
-            parameter.shape == view.shape
-            and parameter.stride() == view.stride
-            and parameter.storage_offset() == view.offset
-            and parameter.dtype is self.dtype
-            and parameter.untyped_storage().nbytes() == self.nbytes
+    def _memory(self) -> torch.UntypedStorage | None:
+        if self.storage is None:
+            return None
+        # As torch.multiprocessing does: nothing else gives a storage for a weak reference.
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(
+            self.storage.cdata
         )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "storage": None}
+
+
+def alias_of(view: Tensor) -> Tensor:
+    """The same memory as a contiguous view, in a storage object of its own.
+
+    Savers look at storages: accelerate drops all tensors but one that share a storage.
+    """
+    start = view.storage_offset() * view.element_size()
+    storage = view.untyped_storage()[start : start + view.nbytes]
+    empty = torch.empty(0, dtype=view.dtype, device=view.device)
+    return empty.set_(storage, 0, view.shape, view.stride())
 
 
 def why_not_packed(packings: Sequence[Packing], members: Sequence[nn.Module]) -> str | None:
@@ -112,7 +144,7 @@ def why_not_packed(packings: Sequence[Packing], members: Sequence[nn.Module]) ->
     if torch.compiler.is_dynamo_compiling():
         return "a compiled graph cannot check that the weights are still packed"
     for packing in packings:
-        if packing.tensor(members) is None:
+        if not packing.is_current(members):
             return f"the weights left the packed layout {packing.name!r}; fuse again"
     return None
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 from packed import PackedNormMLP, PackedNormMLPFamily
 from structure import structure
-from support import Model, mapped
+from support import Mlp, Model, Norm, mapped
 from torch import Tensor, nn
 
 from module_fusion import NotFusableError, fuse, fuse_modules, report, unfuse_modules
@@ -117,22 +120,56 @@ def test_parameters_stay_the_same_objects_with_the_same_names_and_bits(model: Mo
     assert list(model.state_dict()) == before.state_dict
 
 
+def packed_memory(model: Any) -> list[tuple[int, int]]:
+    """Address and size of every packed tensor, where there is one."""
+    packings = [p for block in model.layers for p in block.mlp._fusion.chain.packings]
+    found = [packing._memory() for packing in packings]
+    return [(storage.data_ptr(), storage.nbytes()) for storage in found if storage is not None]
+
+
+def is_packed(block: Any) -> bool:
+    gate, up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
+    return bool(up.data_ptr() - gate.data_ptr() == gate.nbytes)
+
+
 def test_packing_takes_no_memory_and_undoing_it_neither(model: Model) -> None:
-    before = storages(model)
+    before = sorted(storages(model).values())
     fuse(model, FAMILY)
-    packed = storages(model)
-    assert sum(packed.values()) == sum(before.values())
-    assert len(packed) == len(before) - 3
+    # The packed tensors are no more than the weights that lie in them, each in its place.
+    mlp = model.layers[0].mlp
+    one = mlp.gate_proj.weight.nbytes + mlp.up_proj.weight.nbytes
+    starts = [block.mlp.gate_proj.weight.data_ptr() for block in model.layers]
+    assert packed_memory(model) == [(start, one) for start in starts]
+    assert all(is_packed(block) for block in model.layers)
+    assert sorted(storages(model).values()) == before
     unfuse_modules(model)
-    assert sorted(storages(model).values()) == sorted(before.values())
+    assert sorted(storages(model).values()) == before
 
 
-def test_nobody_but_the_parameters_holds_the_packed_tensor(model: Model) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU's allocator does not count")
+def test_the_allocator_counts_no_more_than_before() -> None:
+    model = Model(3, 512).cuda()
+    before = torch.cuda.memory_allocated()
     fuse(model, FAMILY)
-    old = model.layers[0].mlp.gate_proj.weight.untyped_storage()
+    assert torch.cuda.memory_allocated() == before
+    unfuse_modules(model)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_nobody_but_the_parameters_keeps_the_packed_memory(model: Model) -> None:
+    fuse(model, FAMILY)
+    assert len(packed_memory(model)) == 3
     model.double()
-    # This test's own reference is the last one.
-    assert torch._C._storage_Use_Count(old._cdata) == 1  # type: ignore[attr-defined]
+    assert packed_memory(model) == []
+
+
+def test_the_packed_memory_lives_as_long_as_one_of_its_weights(model: Model) -> None:
+    fuse(model, FAMILY)
+    weight = model.layers[0].mlp.up_proj.weight
+    expected = weight.detach().clone()
+    del model
+    gc.collect()
+    assert torch.equal(weight, expected)
 
 
 def test_optimizer_steps_go_through_the_views_as_they_would_unfused(
@@ -156,7 +193,7 @@ def test_optimizer_steps_go_through_the_views_as_they_would_unfused(
     unfuse_modules(model)
     assert bits(model) == trained
     assert list(map(id, model.parameters())) == identities
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    assert not any(is_packed(block) for block in model.layers)
 
 
 def test_a_step_between_forward_and_backward_is_an_error_as_it_is_unfused(
@@ -222,8 +259,8 @@ def test_weights_that_left_the_packed_tensor_are_never_read_from_it(
     assert not kernel_runs(model, x)
     assert reasons(model) == LEFT
     assert torch.equal(model(x), twin(x))
-    if how == "vector":
-        return  # All weights are views of one vector now, and cannot be packed.
+    if how in ("vector", "elsewhere in a copy of the storage"):
+        return  # They are views of something larger now, and cannot be packed.
     again = fuse(model, FAMILY)
     assert {group.action for group in again.groups} == {"already fused"}
     assert kernel_runs(model, x)
@@ -300,14 +337,13 @@ def test_a_copy_never_reads_the_weights_of_its_original(
     plain = Model(3, HIDDEN).to(x.device)
     plain.load_state_dict(copied.state_dict())
     assert close(copied(x), plain(x))
-    # torch.save keeps which tensors share a storage.
-    assert kernel_runs(copied, x) is (how == "torch.save") or reasons(copied) == LEFT
+    assert not kernel_runs(copied, x)
+    assert reasons(copied) == LEFT
     fuse(copied, FAMILY)
     assert kernel_runs(copied, x)
     assert close(copied(x), plain(x))
     unfuse_modules(copied)
     assert torch.equal(copied(x), plain(x))
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in copied.parameters())
     assert kernel_runs(model, x)
 
 
@@ -315,11 +351,7 @@ def test_a_partial_undo_separates_those_weights_alone(model: Model, x: Tensor) -
     expected = model(x)
     fuse(model, FAMILY)
     unfuse_modules(model, "layers.1.mlp")
-    shared = [
-        block.mlp.up_proj.weight.untyped_storage().nbytes() != block.mlp.up_proj.weight.nbytes
-        for block in model.layers
-    ]
-    assert shared == [True, False, True]
+    assert [is_packed(block) for block in model.layers] == [True, False, True]
     assert kernel_runs(model, x)
     assert close(model(x), expected)
     unfuse_modules(model)
@@ -330,8 +362,9 @@ def test_a_weight_that_an_adapter_moved_within_its_member_is_separated_too(model
     fuse(model, FAMILY)
     mlp: Any = model.layers[0].mlp
     mlp.gate_proj = nn.Sequential(mlp.gate_proj)
+    packing = mlp._fusion.chain.packings[0]
     unfuse_modules(model)
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    assert packing._memory() is None
 
 
 def test_a_state_dict_saves_and_loads_as_that_of_an_unfused_model(
@@ -341,19 +374,85 @@ def test_a_state_dict_saves_and_loads_as_that_of_an_unfused_model(
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     fuse(model, FAMILY)
     torch.save(model.state_dict(), tmp_path / "fused.pt")
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "fused.safetensors")
-    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
-    for name in ("fused", "model"):
-        read = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
-        assert {k: v.tolist() for k, v in read.items()} == {
-            k: v.tolist() for k, v in model.state_dict().items()
-        }
+    assert (tmp_path / "plain.pt").stat().st_size == (tmp_path / "fused.pt").stat().st_size
     plain, fused = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "fused"))
     assert list(plain) == list(fused)
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
     other = Model(3, HIDDEN).to(x.device)
     other.load_state_dict(fused)
     assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("how", ["save_file", "save_model", "huggingface_hub", "accelerate"])
+def test_savers_that_look_at_storages_keep_every_weight(
+    model: Model, tmp_path: Path, how: str
+) -> None:
+    fuse(model, FAMILY)
+    if how == "save_file":
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    elif how == "save_model":
+        safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    elif how == "huggingface_hub":
+        huggingface_hub.save_torch_model(model, tmp_path)
+    else:
+        accelerate.Accelerator().save_model(model, tmp_path)
+    read = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {k: v.tolist() for k, v in read.items()} == {
+        k: v.tolist() for k, v in model.state_dict().items()
+    }
+
+
+def test_the_file_of_one_weight_has_no_other_in_it(model: Model, tmp_path: Path) -> None:
+    fuse(model, FAMILY)
+    weight = model.layers[0].mlp.up_proj.weight
+    torch.save(weight, tmp_path / "weight.pt")
+    assert (tmp_path / "weight.pt").stat().st_size < weight.nbytes + 2000
+
+
+class TwoMlps(nn.Module):
+    """One norm, whose output two MLPs get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.left, self.right = Norm(HIDDEN), Mlp(HIDDEN), Mlp(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return torch.add(self.left(x), self.right(x))
+
+
+def test_a_weight_is_packed_for_one_group_only(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(TwoMlps()).to(x.device)
+    expected = model(x)
+    monkeypatch.setattr(PackedNormMLPFamily, "paths", (("0.norm", "0.left"), ("0.norm", "0.right")))
+    layout_of(monkeypatch, WeightLayout("gate_up", WEIGHTS), WeightLayout("n", ("norm.weight",)))
+    done = fuse(model, FAMILY)
+    assert len(done.fused) == 1
+    assert [group.reason for group in done.skipped] == [
+        "norm.weight cannot be packed: it is packed for another group"
+    ]
+    assert close(model(x), expected)
+    assert [group.action for group in fuse(model, FAMILY).groups] == ["already fused", "skipped"]
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_layout_of_one_weight_is_a_view_of_it(
+    model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = WeightLayout(
+        "flat", ("norm.weight",), lambda w: w[0].view(1, -1), lambda p, shapes: [p.view(shapes[0])]
+    )
+    layout_of(monkeypatch, WeightLayout("gate_up", WEIGHTS), flat)
+    fuse(model, FAMILY)
+    assert kernel_runs(model, x)
+    packed = model.layers[0].mlp.fused_kernel.packed["flat"]
+    assert packed.shape == (1, HIDDEN)
+    assert packed.data_ptr() == model.layers[0].norm.weight.data_ptr()
+    move(model, "data")
+    assert not kernel_runs(model, x)
+    assert {group.action for group in fuse(model, FAMILY).groups} == {"already fused"}
+    assert kernel_runs(model, x)
 
 
 def interleaved(weights: Any) -> Tensor:

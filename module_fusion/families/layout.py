@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..chain import Chain
-from ..packing import Packing, WeightView
+from ..inventory import chains_in
+from ..packing import Packing, WeightView, alias_of
 
 # A view starts where a tensor of its own could: PyTorch aligns those to 64 bytes on the CPU,
 # and where a matrix starts can decide which instructions multiply it.
@@ -32,7 +34,7 @@ def split(packed: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
 class WeightLayout:
     """How a kernel wants some weights of a group: packed into one tensor.
 
-    The parameters stay the objects they are; their data become views of the packed tensor,
+    The parameters stay the objects they are; their data move into the packed tensor's memory,
     and the kernel reads it as `self.packed[name]`. It never is older than the parameters: at a
     call where one of them is elsewhere (after `model.to(dtype)`, `param.data = ...`,
     `load_state_dict(assign=True)`) the members run, until `fuse` packs them again.
@@ -79,6 +81,7 @@ class Packer:
         self._model = model
         # By address, which nobody else gets while the old storage is kept.
         self._holders: dict[int, int] | None = None
+        self._packings: list[Packing] = []
         self._undo: dict[int, tuple[Chain, tuple[Packing, ...], list[tuple[Tensor, Tensor]]]] = {}
 
     def pack(
@@ -89,11 +92,12 @@ class Packer:
         Returns:
             The reason why they cannot be packed, None if they are now. Nothing has changed then.
         """
-        current = {p.name for p in chain.packings if p.tensor(members) is not None}
+        current = {p.name for p in chain.packings if p.is_current(members)}
         if not layouts or current == {layout.name for layout in layouts}:
             return None
         if self._holders is None:
             self._holders = _holders(self._model)
+            self._packings = _packings_in(self._model)
         before: list[tuple[Tensor, Tensor]] = []
         self._undo[id(chain)] = (chain, chain.packings, before)
         try:
@@ -103,9 +107,10 @@ class Packer:
             packings = []
             for layout in layouts:
                 views = _find(layout, chain.roles, members)
-                self._check(layout, views)
+                self._check(views, chain.packings)
                 packings.append(_pack(layout, views, before))
             chain.set_packings(tuple(packings))
+            self._packings += packings
         except _Refused as refused:
             self.give_back(chain)
             return str(refused)
@@ -123,7 +128,7 @@ class Packer:
         for chain, *_ in list(self._undo.values()):
             self.give_back(chain)
 
-    def _check(self, layout: WeightLayout, weights: Sequence[_Weight]) -> None:
+    def _check(self, weights: Sequence[_Weight], own: Sequence[Packing]) -> None:
         """Refuse weights that cannot be moved without a trace."""
         first = weights[0].parameter
         holders = self._holders or {}
@@ -145,6 +150,8 @@ class Packer:
             storage = parameter.untyped_storage()
             if storage.nbytes() != parameter.nbytes:
                 raise _Refused(f"{what} is a view of a larger storage")
+            if any(p.holds(parameter) for p in self._packings if p not in own):
+                raise _Refused(f"{what} is packed for another group")
             if holders.get(storage.data_ptr(), 0) > 1:
                 raise _Refused(f"{what} is shared with another parameter or buffer")
 
@@ -195,7 +202,7 @@ def _pack(
             raise _Refused(f"the layout {layout.name!r} is refused: {reason}")
         for weight, view in zip(weights, views, strict=True):
             before.append((weight.parameter, weight.parameter.data))
-            weight.parameter.data = view
+            weight.parameter.data = alias_of(view)
     return Packing(
         layout.name,
         tuple(
@@ -206,7 +213,7 @@ def _pack(
         packed.stride(),
         int(packed.storage_offset()),
         packed.dtype,
-        packed.untyped_storage().nbytes(),
+        StorageWeakRef(packed.untyped_storage()),  # type: ignore[no-untyped-call]
     )
 
 
@@ -236,6 +243,10 @@ def _why_not_these(packed: Tensor, views: list[Tensor], data: list[Tensor]) -> s
     if any(start + size > following for (start, size), (following, _) in itertools.pairwise(spans)):
         return "unpack gave views that overlap"
     return None
+
+
+def _packings_in(model: nn.Module) -> list[Packing]:
+    return [packing for found in chains_in(model) for packing in found.chain.packings]
 
 
 def _bits(tensor: Tensor) -> Tensor:

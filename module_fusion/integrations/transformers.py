@@ -127,8 +127,8 @@ def save_pretrained(
         return
     if kwargs.get("variant") is not None:
         raise FusionError(
-            f"The packed format is the variant {VARIANT!r}; variant={kwargs['variant']!r} cannot be "
-            f"another one. Leave it out, or save with save_original_format=True."
+            f"The packed format is the variant {VARIANT!r}; variant={kwargs['variant']!r} cannot "
+            f"be another one. Leave it out, or save with save_original_format=True."
         )
     beside = [f for f in _ORIGINAL for f in (f, f"{f}.index.json") if (Path(folder) / f).exists()]
     if beside:
