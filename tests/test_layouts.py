@@ -222,6 +222,9 @@ def move(model: Any, how: str) -> None:
         for block in model.layers:
             gate, up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
             gate.data, up.data = up.data, gate.data
+    elif how == "transposed":
+        for block in model.layers:
+            block.mlp.up_proj.weight.data = block.mlp.up_proj.weight.data.t()
     elif how == "vector":
         vector = nn.utils.parameters_to_vector(model.parameters()) * 2
         nn.utils.vector_to_parameters(vector.detach(), model.parameters())
@@ -240,6 +243,7 @@ MOVES = [
     "assign",
     "replaced",
     "swapped",
+    "transposed",
     "vector",
     "elsewhere in a copy of the storage",
     "converted and back",
@@ -259,14 +263,25 @@ def test_weights_that_left_the_packed_tensor_are_never_read_from_it(
     assert not kernel_runs(model, x)
     assert reasons(model) == LEFT
     assert torch.equal(model(x), twin(x))
-    if how in ("vector", "elsewhere in a copy of the storage"):
-        return  # They are views of something larger now, and cannot be packed.
+    if how in ("vector", "transposed", "elsewhere in a copy of the storage"):
+        return  # They are views of something larger, or not contiguous, and cannot be packed.
     again = fuse(model, FAMILY)
     assert {group.action for group in again.groups} == {"already fused"}
     assert kernel_runs(model, x)
     assert close(model(x), twin(x))
     unfuse_modules(model)
     assert torch.equal(model(x), twin(x))
+
+
+def test_the_same_memory_read_as_another_dtype_is_not_the_packed_weight(model: Any) -> None:
+    fuse(model, FAMILY)
+    block = model.layers[0]
+    [packing] = block.mlp._fusion.chain.packings
+    assert packing.is_current([block.norm, block.mlp])
+    weight = block.mlp.up_proj.weight.requires_grad_(False)
+    weight.data = weight.data.view(torch.int32)
+    assert not packing.is_current([block.norm, block.mlp])
+    assert packing.tensor([block.norm, block.mlp]) is None
 
 
 def test_weights_that_cannot_be_packed_again_are_left_where_they_are(
