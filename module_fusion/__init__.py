@@ -2,7 +2,7 @@
 
 `fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
 submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
-says which path ran and why.
+says which path ran and why; `from_pretrained` loads with transformers, then fuses.
 """
 
 from .errors import (
@@ -15,6 +15,7 @@ from .errors import (
     UnfuseError,
 )
 from .families import FusionFamily, fuse, register_family
+from .integrations.transformers import from_pretrained
 from .modules import FusedModule, RegistryCollector
 from .report import FusionReport
 from .spec import ModuleSpec
@@ -35,6 +36,7 @@ __all__ = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "from_pretrained",
     "fuse",
     "fuse_modules",
     "fused",

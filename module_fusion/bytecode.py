@@ -160,6 +160,7 @@ def _is_own(name: str, code: CodeType, me: str) -> bool:
     return any(load.kind == "own" and load.attributes[:1] == (name,) for load in loads_in(code, me))
 
 
+@lru_cache(maxsize=4096)
 def returns_none(code: CodeType) -> bool:
     """Whether the code may return None, by `return` or by reaching its end."""
     before: list[str] = []

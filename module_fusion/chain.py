@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
 from .modules import KEY, ModuleState, state_of
+from .packing import Packing
 from .plain import why_not_under
 from .seat import FusedKernel, seat_class
 from .spec import External, Plan, Wire
@@ -37,6 +38,7 @@ class Chain:
     Attributes:
         family: the family that found the group, None for one that was named by paths.
         accuracy: the kernel's error in units of the members', where they were compared.
+        packings: the members' weights that lie side by side, as the kernel wants them.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Chain:
         self.running = running
         self.family: str | None = None
         self.accuracy: float | None = None
+        self.packings: tuple[Packing, ...] = ()
         self.kernel_calls = 0
         self.member_calls = 0
         self.reason: str | None = None
@@ -79,9 +82,16 @@ class Chain:
             _has_buffers=False,
             _refusal=self.refusal,
             _why_unprepared=None,
+            _packings=self.packings,
         )
         seat.training = last.training
         self.seat = seat
+
+    def set_packings(self, packings: tuple[Packing, ...]) -> None:
+        """Say how the weights are packed now."""
+        self.packings = packings
+        if self.seat is not None:
+            self.seat.__dict__["_packings"] = packings
 
     @property
     def armed(self) -> bool:
@@ -97,6 +107,8 @@ class Chain:
 
     def why_not_compiled(self) -> str | None:
         """Why compiled graphs hold the members instead of the kernel, None if they do not."""
+        if self.packings:
+            return "compiled graphs cannot check that the weights are packed: they run the members"
         for role, state in zip(self.roles, self.states, strict=False):
             if state is not None and not state.speculation.holds:
                 return f"the output of {role} is used elsewhere: compiled graphs run the members"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .deferred import DeferredOutput
 from .errors import SpecMismatchError
 from .modules import call_as_itself, state_of
+from .packing import PackedWeights, Packing, packed_weights, why_not_packed
 from .plain import MemberForm
 from .spec import External, Plan
 
@@ -35,6 +36,9 @@ class FusedKernel(nn.Module):
     A kernel's `forward` may have an attribute `prepare`, a function that is called with the
     members when the kernel takes the seat. What it returns is `self.prepared` from then on;
     a `ValueError` it raises is the reason why the kernel cannot have these members.
+
+    Where its family declares a `WeightLayout`, a kernel reads the packed tensor as
+    `self.packed[name]`.
     """
 
     prepared: Any = None
@@ -45,6 +49,7 @@ class FusedKernel(nn.Module):
     _device: torch.device | None
     _has_buffers: bool
     _why_unprepared: str | None
+    _packings: tuple[Packing, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -59,6 +64,11 @@ class FusedKernel(nn.Module):
     def members(self) -> list[nn.Module]:
         """The members of the chain, in order."""
         return [member() for member in self._members]  # type: ignore[misc]
+
+    @property
+    def packed(self) -> PackedWeights:
+        """The packed weights by the names of their layouts, as they are now; no gradients."""
+        return packed_weights(self._packings, self.members())
 
     @property
     def kernel(self) -> Any:
@@ -111,6 +121,8 @@ class FusedKernel(nn.Module):
         can = self._capabilities
         if torch.compiler.is_dynamo_compiling() and not can["can_torch_compile"]:
             return "the kernel does not support torch.compile"
+        if self._packings and (reason := why_not_packed(self._packings, self.members())):
+            return reason
         tensors: list[Tensor] = []
         for value in inputs:
             reason = _why_not_input(value, tensors)

@@ -345,6 +345,10 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], strays: Sequence[nn.M
                 f"fused. Undo first what changed it since, then unfuse."
             )
     for found in chains:
+        for packing in found.chain.packings:
+            packing.separate(members_of(found))
+    for found in chains:
+        found.chain.set_packings(())
         if found.chain.seat is not None:
             found.chain.seat.__dict__.pop("forward", None)
             found.chain.seat._arm()

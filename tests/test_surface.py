@@ -25,6 +25,7 @@ NAMES = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "from_pretrained",
     "fuse",
     "fuse_modules",
     "fused",
@@ -33,10 +34,13 @@ NAMES = [
     "unfuse_modules",
 ]
 SIGNATURES = {
+    "from_pretrained": (
+        "(cls: 'Any', name: 'str | os.PathLike[str]', *, "
+        "fusion_config: 'bool | Mapping[str, Any] | None' = None, **kwargs: 'Any') -> 'Any'"
+    ),
     "fuse": (
         "(model: 'nn.Module', families: 'bool | Mapping[str, Any]' = True, *, "
-        "mode: 'Mode | None' = None, device: 'str | torch.device | None' = None) "
-        "-> 'FusionReport'"
+        "mode: 'Mode | None' = None, device: 'str | torch.device | None' = None) -> 'FusionReport'"
     ),
     "register_family": "(family: 'Family') -> 'Family'",
     "fuse_modules": (
@@ -125,6 +129,15 @@ def test_the_signature_is_frozen(name: str) -> None:
 
 def test_every_public_function_has_its_signature_frozen() -> None:
     functions = {name for name in NAMES if inspect.isfunction(getattr(module_fusion, name))}
+    assert functions == {
+        "from_pretrained",
+        "fuse",
+        "fuse_modules",
+        "fused",
+        "register_family",
+        "report",
+        "unfuse_modules",
+    }
     assert functions < set(SIGNATURES)
 
 

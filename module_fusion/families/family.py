@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import FusionError, NotFusableError, PathNotFoundError
 from ..paths import find_groups
+from .layout import WeightLayout
 
 _FAMILIES: dict[str, FusionFamily] = {}
 _OPTIONS = ("include", "exclude", "mode")
@@ -27,6 +28,7 @@ class FusionFamily:
         roles: the names by which the kernel reaches the members, in execution order.
         paths: glob paths, one tuple per topology with a path per role. Those that match
             nothing are passed over.
+        layouts: how the kernel wants weights to lie side by side, if it does.
 
     Example:
         >>> class NormLinear(FusionFamily):
@@ -44,6 +46,7 @@ class FusionFamily:
     kernel: str
     roles: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...] = ()
+    layouts: tuple[WeightLayout, ...] = ()
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         """Where in the model a group of this family may be: a path per role."""
@@ -92,6 +95,7 @@ def register_family(family: Family) -> Family:
                 f"The family {type(instance).__name__} has no {attribute}. Set it as a class "
                 f"attribute."
             )
+    _check_layouts(instance)
     known = _FAMILIES.setdefault(instance.name, instance)
     if known is not instance and type(known).__qualname__ != type(instance).__qualname__:
         raise NotFusableError(
@@ -100,6 +104,34 @@ def register_family(family: Family) -> Family:
         )
     _FAMILIES[instance.name] = instance  # A notebook cell may define the same class again.
     return family
+
+
+def family_named(name: str | None) -> FusionFamily | None:
+    """The registered family of that name."""
+    return _FAMILIES.get(name or "")
+
+
+def _check_layouts(family: FusionFamily) -> None:
+    names = [layout.name for layout in family.layouts if isinstance(layout, WeightLayout)]
+    if len(names) != len(family.layouts) or len(names) != len(set(names)):
+        raise NotFusableError(
+            f"layouts of the family {family.name!r} is a tuple of WeightLayout, each with a name "
+            f"of its own, not {family.layouts!r}."
+        )
+    paths = [path for layout in family.layouts for path in layout.weights]
+    for layout in family.layouts:
+        for path in layout.weights:
+            if path.partition(".")[0] not in family.roles or "." not in path:
+                raise NotFusableError(
+                    f"{path!r} in the layout {layout.name!r} has to be the path of a parameter, "
+                    f"starting with a role of the family {family.name!r}: "
+                    f"{', '.join(family.roles)}."
+                )
+        if not layout.weights or any(paths.count(path) > 1 for path in layout.weights):
+            raise NotFusableError(
+                f"The layout {layout.name!r} of the family {family.name!r} names no weight, or one "
+                f"that is packed already."
+            )
 
 
 def chosen_families(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..report import FusionReport, GroupReport
 from ..surgery import apply_jobs, check_arguments, undo_chains
 from .certificate import certify, seeded
 from .family import FusionFamily, chosen_families
+from .layout import Packer
 
 
 def fuse(
@@ -31,8 +33,9 @@ def fuse(
 
     A group is fused if its members have the structure the kernel knows, and if the kernel,
     run against them on small random inputs, is at most 1.1 times less accurate than they are,
-    measured against float64. All else is left alone and reported with the reason. Take it
-    back with `unfuse_modules(model)`.
+    measured against float64. Weights that the kernel wants side by side are packed, which
+    uses no more memory once the call returns. All else is left alone and reported with the
+    reason. Take it back with `unfuse_modules(model)`.
 
     Args:
         model: any module in memory.
@@ -64,14 +67,16 @@ def fuse(
     check_arguments(model, None, mode)
     rows: list[GroupReport] = []
     fused: list[Found] = []
+    packer = Packer(model)
     try:
         for family, options in chosen_families(families):
             wanted = _filter(model, options)
             groups = [group for group in _groups(model, family) if wanted(group)]
             family_mode = options.get("mode", mode)
             check_arguments(model, None, family_mode)
-            rows += _fuse_family(model, family, groups, family_mode, device, fused)
+            rows += _fuse_family(model, family, groups, family_mode, device, fused, packer)
     except BaseException:
+        packer.give_all_back()
         undo_chains(model, fused, [])
         raise
     return FusionReport(rows)
@@ -115,6 +120,7 @@ def _fuse_family(
     mode: Mode | None,
     device: str | torch.device | None,
     fused: list[Found],
+    packer: Packer,
 ) -> list[GroupReport]:
     """Fuse the groups of one family; adds what was fused to `fused`."""
     rows: list[GroupReport] = []
@@ -129,6 +135,11 @@ def _fuse_family(
         else:
             rows.append(_skipped(family, group, reason))
     jobs = _plan(model, family, list(fusable.values()), rows)
+    unpacked = _pack(family, jobs, packer)
+    for job in jobs:
+        if not job.is_fused and id(job) in unpacked:
+            rows.append(_skipped(family, job.group, unpacked[id(job)]))
+    jobs = [job for job in jobs if job.is_fused or id(job) not in unpacked]
     new = [job for job in jobs if not job.is_fused]
     apply_jobs(model, jobs, family.kernel, mode, device, use_fallback=True)
     fused += [job.found() for job in new]
@@ -137,12 +148,24 @@ def _fuse_family(
         reason = _why_not(job, family)
         if reason is not None and job in new:
             found = job.found()
+            packer.give_back(job.chain)
             undo_chains(model, [found], [])
             fused.remove(found)
             rows.append(_skipped(family, job.group, reason))
         else:
-            done.append(row_of(job.found(), "fused" if job in new else "already fused"))
+            row = row_of(job.found(), "fused" if job in new else "already fused")
+            done.append(replace(row, reason=unpacked.get(id(job), row.reason)))
     return done + rows
+
+
+def _pack(family: FusionFamily, jobs: Sequence[Job], packer: Packer) -> dict[int, str]:
+    """Pack the weights as the kernel wants them; reasons for those that cannot be."""
+    reasons = {}
+    for job in jobs:
+        reason = packer.pack(job.chain, job.group.modules, family.layouts)
+        if reason is not None:
+            reasons[id(job)] = reason
+    return reasons
 
 
 def _plan(
