@@ -25,13 +25,22 @@ from module_fusion.families import FusionFamily, WeightLayout, family, register_
 
 WEIGHTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 FAMILY = {"packed_norm_mlp": True}
-HIDDEN = 16
+# So that a weight is no multiple of the 512 bytes to which CUDA's allocator rounds up.
+HIDDEN = 20
 
 
 @pytest.fixture
 def model(device: str) -> Model:
     torch.manual_seed(1)
-    return Model(3, HIDDEN).to(device)
+    return blocks_of_squares().to(device)
+
+
+def blocks_of_squares() -> Model:
+    """A model whose weights are all square."""
+    model = Model(3, HIDDEN)
+    for block in model.layers:
+        block.mlp = Mlp(HIDDEN, HIDDEN)
+    return model
 
 
 @pytest.fixture
@@ -238,6 +247,7 @@ def move(model: Any, how: str) -> None:
             parameter.data.mul_(2)
 
 
+EXACTLY = {"rtol": 0, "atol": 0}
 MOVES = [
     "data",
     "assign",
@@ -262,7 +272,8 @@ def test_weights_that_left_the_packed_tensor_are_never_read_from_it(
     twin.load_state_dict(model.state_dict())
     assert not kernel_runs(model, x)
     assert reasons(model) == LEFT
-    assert torch.equal(model(x), twin(x))
+    # Products with a transposed matrix are summed in another order.
+    torch.testing.assert_close(model(x), twin(x), **({} if how == "transposed" else EXACTLY))
     if how in ("vector", "transposed", "elsewhere in a copy of the storage"):
         return  # They are views of something larger, or not contiguous, and cannot be packed.
     again = fuse(model, FAMILY)
@@ -300,7 +311,7 @@ def test_weights_that_cannot_be_packed_again_are_left_where_they_are(
 
 def test_in_place_loads_go_through_the_views(model: Model, x: Tensor) -> None:
     torch.manual_seed(5)
-    other = Model(3, HIDDEN).to(x.device)
+    other = blocks_of_squares().to(x.device)
     fuse(model, FAMILY)
     model.load_state_dict(other.state_dict())
     assert kernel_runs(model, x)
@@ -349,7 +360,7 @@ def test_a_copy_never_reads_the_weights_of_its_original(
     with torch.no_grad():
         for block in copied.layers:
             block.mlp.up_proj.weight.mul_(2)
-    plain = Model(3, HIDDEN).to(x.device)
+    plain = blocks_of_squares().to(x.device)
     plain.load_state_dict(copied.state_dict())
     assert close(copied(x), plain(x))
     assert not kernel_runs(copied, x)
@@ -393,7 +404,7 @@ def test_a_state_dict_saves_and_loads_as_that_of_an_unfused_model(
     plain, fused = (torch.load(tmp_path / f"{name}.pt") for name in ("plain", "fused"))
     assert list(plain) == list(fused)
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
-    other = Model(3, HIDDEN).to(x.device)
+    other = blocks_of_squares().to(x.device)
     other.load_state_dict(fused)
     assert torch.equal(other(x), expected)
 
@@ -509,8 +520,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other strides": (
         {"pack": interleaved, "unpack": lambda packed, shapes: packed.unbind(1)},
-        "the layout 'gate_up' is refused: unpack gave a view of shape (16, 16) with strides "
-        "(32, 1) for a weight of shape (16, 16) with strides (16, 1)",
+        "the layout 'gate_up' is refused: unpack gave a view of shape (20, 20) with strides "
+        "(40, 1) for a weight of shape (20, 20) with strides (20, 1)",
     ),
     "an error": (
         {"pack": lambda weights: 1 / 0},
