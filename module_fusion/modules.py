@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from inspect import Parameter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -68,26 +68,27 @@ class ModuleState:
         reason: why the last call was not captured.
     """
 
+    role: type[RegistryCollector] | type[FusedModule] | None = None
+    collects_for: int = 0
+    boundary: ModuleState | None = None
+    holders: tuple[weakref.ref[nn.Module], ...] | None = ()
+    boundary_of: int = 0
+    outputs: int = 1
+    plan: Any = None
+    returned: int | None = None
+    chain: Any = None
+    armed: int = 0
+    form: MemberForm | None = None
+    running: Set[int] = frozenset()
+    speculation: Speculation
+    reason: str | None = None
+    inside: dict[int, list[weakref.ref[CapturedCall]]]
+
     def __init__(self, module: nn.Module, path: str) -> None:
         self.original = original_class(module)
         self.module: weakref.ref[nn.Module] | None = weakref.ref(module)
         self.path = path
         self.name = path.rpartition(".")[2]
-        self.role: type[RegistryCollector] | type[FusedModule] | None = None
-        self.collects_for = 0
-        self.boundary: ModuleState | None = None
-        self.holders: tuple[weakref.ref[nn.Module], ...] | None = ()
-        self.boundary_of = 0
-        self.inside: dict[int, list[weakref.ref[CapturedCall]]] = {}
-        self.outputs = 1
-        self.plan: Any = None
-        self.returned: int | None = None
-        self.chain: Any = None
-        self.armed = 0
-        self.form: MemberForm | None = None
-        self.running: set[int] = set()
-        self.speculation = Speculation()
-        self.reason: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts from: it is armed again when its chain is complete."""
@@ -97,7 +98,7 @@ class ModuleState:
             "inside": {},
             "armed": 0,
             "form": None,
-            "running": set(),
+            "running": frozenset(),
             "reason": None,
         }
         return {**self.__dict__, **fresh}

@@ -252,6 +252,8 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         path, module = job.boundary
         state = state_of(module) or ModuleState(module, path)
         undo.append(_restorer(module, state))
+        if not state.boundary_of:
+            state.inside = {}
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state
