@@ -53,6 +53,11 @@ def calling_context() -> Context:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether a hook is registered for all modules."""
+    return any(_GLOBAL_HOOKS)
+
+
 class SavedTensorHooks:
     """Puts the saved-tensor hooks of an earlier moment in force."""
 

@@ -105,6 +105,9 @@ _PURE_LAYERS = frozenset(
 )  # fmt: skip
 
 
+_SETTINGS = (*_DATA, tuple, types.FunctionType, types.BuiltinFunctionType)
+
+
 class Effect(NamedTuple):
     """An effect: what it is, for the report, and whether it happens at a module's next call."""
 
@@ -148,6 +151,23 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
     if what is not None:
         return Effect(what, _always)
     return Effect(found.in_training, _trains) if found.in_training else None
+
+
+def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
+    """Attributes that the module's code reads, and that someone may set to another value.
+
+    Numbers, names and functions; those that the code itself stores are its state.
+    """
+    forward = function_of(cls.forward)
+    own = module.__dict__
+    if forward is None:
+        return ()
+    if is_of_torch(forward):
+        names = {name for name in own if not name.startswith("_")} - {"training"}
+    else:
+        found = _of_method(cls, "forward")
+        names = {taken[0] for taken in found.own if taken[0] in own} - found.stored
+    return tuple((n, own[n]) for n in sorted(names) if isinstance(own[n], _SETTINGS))
 
 
 def _effect_in_torch(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import Context
-from .effects import Effect, effect_of
+from .effects import Effect, effect_of, settings_of
 
 ORIGINAL = "_fusion_original_class"
 # What `calling_context` gives outside of every mode, transform and trace.
@@ -34,6 +34,7 @@ class _Part(NamedTuple):
     key: str
     cls: type
     effect: Effect | None
+    settings: tuple[tuple[str, Any], ...]
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -60,7 +61,7 @@ class MemberForm:
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
         if module is None:
-            self.parts.append(_Part(name, parent, key, type(None), None, 0, ()))
+            self.parts.append(_Part(name, parent, key, type(None), None, (), 0, ()))
             return
         parameters = tuple(
             (key, None, None) if p is None else (key, p.dtype, p.device)
@@ -70,7 +71,9 @@ class MemberForm:
         effect = effect_of(module, original_of(cls))
         if self.foreign is None:
             self.foreign = self._why_foreign(module, name)
-        self.parts.append(_Part(name, parent, key, cls, effect, len(module._modules), parameters))
+        settings = settings_of(module, original_of(cls))
+        children = len(module._modules)
+        self.parts.append(_Part(name, parent, key, cls, effect, settings, children, parameters))
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
 
@@ -110,7 +113,7 @@ class MemberForm:
             if owner.forward is not forward or owner.__call__ is not call:
                 return f"{role} has a class whose forward was replaced, {owner.__name__}"
         modules: list[Any] = []
-        for name, parent, key, cls, effect, children, parameters in self.parts:
+        for name, parent, key, cls, effect, settings, children, parameters in self.parts:
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
@@ -129,6 +132,13 @@ class MemberForm:
                 return f"{role}{name} has an instance-level forward"
             if effect is not None and effect.happens(module):
                 return f"{role}{name} {effect.what}"
+            for setting, value in settings:
+                now = own.get(setting)
+                if now is not value and (type(now) is not type(value) or now != value):
+                    return (
+                        f"{role}{name} has another {setting} than when the kernel was chosen; fuse "
+                        f"again"
+                    )
             own_parameters = own["_parameters"]
             if len(own["_modules"]) != children or len(own_parameters) != len(parameters):
                 return f"{role}{name} has other children or parameters than before"

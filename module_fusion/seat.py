@@ -35,7 +35,9 @@ class FusedKernel(nn.Module):
 
     A kernel's `forward` may have an attribute `prepare`, a function that is called with the
     members when the kernel takes the seat. What it returns is `self.prepared` from then on;
-    a `ValueError` it raises is the reason why the kernel cannot have these members.
+    a `ValueError` it raises is the reason why the kernel cannot have these members. If it keeps
+    what it found, it has a `cache_clear`, as `functools.cache` gives; that is called when the
+    chains of one call are fused.
 
     Where its family declares a `WeightLayout`, a kernel reads the packed tensor as
     `self.packed[name]`.

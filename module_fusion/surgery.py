@@ -141,7 +141,16 @@ def apply_jobs(
         for step in reversed(undo):
             step()
         raise
+    finally:
+        for prepare in {_prepare_of(job) for job in jobs}:
+            if hasattr(prepare, "cache_clear"):
+                prepare.cache_clear()
     return kernels_before
+
+
+def _prepare_of(job: Job) -> Any:
+    seat = job.chain.seat
+    return None if seat is None else getattr(seat.kernel, "prepare", None)
 
 
 def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:

@@ -238,10 +238,15 @@ class Case:
     def uses_an_output_twice(self) -> bool:
         """Whether a member's output is used by more than one step or returned besides."""
         used = list(self.returned[1])
+        boxed: dict[str, str] = {}
         for step in self.steps:
-            used += (
-                [step.source] if isinstance(step, Op) else [*step.args, *dict(step.kwargs).values()]
-            )
+            if isinstance(step, Call):
+                used += [*step.args, *dict(step.kwargs).values()]
+            elif step.kind == "box":  # What comes out of a box is what went in.
+                boxed[step.out] = boxed.get(step.source, step.source)
+            else:
+                used.append(step.source)
+        used = [boxed.get(name, name) for name in used]
         outputs = [out for step in self.steps if isinstance(step, Call) for out in step.outs]
         return any(used.count(out) > 1 for out in outputs)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from structure import structure
-from support import Block, Mlp, Model, WeightKernel, mapped
+from support import Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from module_fusion import (
     NotFusableError,
     PathNotFoundError,
     fuse,
+    fuse_modules,
     register_family,
     report,
     unfuse_modules,
@@ -27,6 +29,7 @@ from module_fusion import (
 from module_fusion.families import certificate
 from module_fusion.families.dataflow import feeding_pairs
 from module_fusion.families.family import _FAMILIES
+from module_fusion.plain import MemberForm
 
 TEXT = {
     "vocab_size": 64,
@@ -88,7 +91,6 @@ def test_fusing_twice_reports_what_is_fused_already(llama: nn.Module) -> None:
 
 
 def test_the_random_numbers_of_the_user_stay(llama: nn.Module) -> None:
-    certificate._CERTIFICATES.clear()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -96,13 +98,182 @@ def test_the_random_numbers_of_the_user_stay(llama: nn.Module) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_no_hook_fires_while_the_kernel_is_compared(llama: nn.Module) -> None:
-    certificate._CERTIFICATES.clear()
+def test_no_hook_fires_while_members_are_probed_and_compared(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fired: list[str] = []
-    for name, module in llama.named_modules():
+    for name, module in model.named_modules():
         module.register_forward_hook(lambda m, args, output, name=name: fired.append(name))
-    fuse(llama)
+    # A kernel would not run beside hooks, so the group would not be compared at all.
+    monkeypatch.setattr(MemberForm, "why_not_plain", lambda *args: None)
+    register_family(BlocksFamily)
+    with mapped(Blocks=WeightKernel):
+        result = fuse(model, {"blocks": True, "rms_norm_mlp": True})
+    assert [group.accuracy is None for group in result.fused] == [False, False]
     assert fired == []
+
+
+def wrongs() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    """MLPs that are no gated MLP, each in its own way, to a probe that looks at one thing only."""
+
+    def gated(mlp: Any, gate: Tensor, x: Tensor) -> Tensor:
+        return mlp.down_proj(gate * mlp.up_proj(x))
+
+    def detached(mlp: Any, x: Tensor) -> Tensor:
+        return gated(mlp, F.silu(mlp.gate_proj(x)).detach(), x)
+
+    def without_gradient(mlp: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = F.silu(mlp.gate_proj(x))
+        return gated(mlp, gate, x)
+
+    def straight_through(mlp: Any, x: Tensor) -> Tensor:
+        gate = mlp.gate_proj(x)
+        return gated(mlp, F.silu(gate) + (gate - gate.detach()) * 0.3, x)
+
+    def shifts_tokens(mlp: Any, x: Tensor) -> Tensor:
+        x = x.roll(1, 1) if x.dim() == 3 else x
+        return gated(mlp, F.silu(mlp.gate_proj(x)), x)
+
+    def asks_for_gradients(mlp: Any, x: Tensor) -> Tensor:
+        y = gated(mlp, F.silu(mlp.gate_proj(x)), x)
+        return y * 2 if torch.is_grad_enabled() else y
+
+    return {
+        function.__name__: function
+        for function in (
+            detached, without_gradient, straight_through, shifts_tokens, asks_for_gradients,
+        )
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", wrongs())
+def test_an_mlp_that_computes_something_else_now_and_then_is_refused(name: str) -> None:
+    block = Block(32)
+    block.mlp = type("Wrong", (Mlp,), {"forward": wrongs()[name]})(32, 48)
+    twin = copy.deepcopy(block)
+    result = fuse(block)
+    assert [group.action for group in result.groups] == ["skipped"], result
+    x = torch.randn(2, 5, 32)
+    for each in (block, twin):
+        each(x).sum().backward()
+    assert torch.equal(block(x), twin(x))
+    for ours, theirs in zip(block.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+def averages_over_tokens(norm: Any, x: Tensor) -> Tensor:
+    every = tuple(range(1, x.dim()))
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(every, keepdim=True) + 1e-6))
+
+
+def clamps(norm: Any, x: Tensor) -> Tensor:
+    x = x.clamp(-500, 500)
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def mends_what_is_no_number(norm: Any, x: Tensor) -> Tensor:
+    x = torch.nan_to_num(x)
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("forward", [averages_over_tokens, clamps, mends_what_is_no_number])
+def test_a_norm_that_differs_for_other_inputs_is_refused(forward: Any) -> None:
+    block = Block(32)
+    block.norm = type("Wrong", (Norm,), {"forward": forward})(32)
+    assert [group.action for group in fuse(block).groups] == ["skipped"]
+
+
+def test_what_a_global_function_is_now_counts_and_not_what_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Global(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(ACTIVATION(self.gate_proj(x)) * self.up_proj(x))
+
+    x = torch.randn(2, 5, 32)
+    for function in (F.silu, F.gelu):
+        monkeypatch.setitem(globals(), "ACTIVATION", function)
+        block = Block(32)
+        block.mlp = Global(32, 48)
+        twin = copy.deepcopy(block)
+        assert len(fuse(block).fused) == 1
+        torch.testing.assert_close(block(x), twin(x))
+
+
+ACTIVATION = F.silu
+
+
+def test_a_stride_that_is_set_after_fusing_counts() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, 8))
+    x = torch.randn(1, 3, 32, 32)
+    assert len(fuse(model).fused) == 1
+    model[0].stride = (4, 4)
+    assert model(x).shape == (1, 8, 7, 7)
+    assert "proj has another stride than when" in str(report(model).groups[0].reason)
+
+
+def test_a_block_whose_weights_are_zero_does_not_vouch_for_the_others(model: Model) -> None:
+    class Nonsense(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mlp = self.mlp
+            return F.linear(F.relu(F.linear(x, mlp.gate_proj.weight)) * 3, mlp.down_proj.weight)
+
+    register_family(BlocksFamily)
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight.zero_()
+    with mapped(Blocks=Nonsense):
+        result = fuse(model, {"blocks": True})
+    assert [group.action for group in result.groups] == ["skipped"] * 2
+
+
+def test_a_kernel_whose_backward_fails_is_refused(model: Model) -> None:
+    class Detached(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return WeightKernel.forward(self, x)
+
+    register_family(BlocksFamily)
+    with mapped(Blocks=Detached):
+        result = fuse(model, {"blocks": True})
+    assert "the gradient of input 0 is missing" in str(result.skipped[0].reason)
+
+
+def test_a_block_is_chosen_by_the_path_of_a_module_around_it_or_in_it(llama: nn.Module) -> None:
+    for path in ("model.layers.0", "model.layers.0.mlp.gate_proj"):
+        result = fuse(llama, {"rms_norm_mlp": {"exclude": [path]}})
+        assert [group.paths[1] for group in result.fused] == ["model.layers.1.mlp"]
+        unfuse_modules(llama)
+
+
+def test_a_kernel_of_the_users_own_stays_when_fuse_succeeds_and_when_it_fails(
+    model: Model,
+) -> None:
+    class Failing(FusionFamily):
+        name, kernel, roles = "failing", "Failing", ("a",)
+
+        def groups(self, model: nn.Module) -> Any:
+            raise KeyError("inside a family")
+
+    register_family(BlocksFamily)
+    register_family(Failing)
+    with mapped(Blocks=WeightKernel):
+        fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Blocks")
+    fuse(model, {"blocks": True})
+    with pytest.raises(KeyError):
+        fuse(model, {"blocks": True, "failing": True})
+    assert model.layers[0].mlp.fused_kernel.kernel is WeightKernel.forward
+
+
+def test_many_experts_are_refused_at_once() -> None:
+    experts = nn.Sequential(*(nn.Linear(8, 8) for _ in range(16)))
+    assert fuse(nn.Sequential(nn.RMSNorm(8), experts)).fused == []
+
+
+def test_a_default_device_changes_nothing(llama: nn.Module) -> None:
+    with torch.device("meta"):
+        assert len(fuse(llama).fused) == 2
 
 
 def test_false_and_an_empty_mapping_fuse_nothing(llama: nn.Module) -> None:
@@ -217,8 +388,8 @@ def test_a_family_of_the_user_is_found_by_its_paths_certified_and_fused(
     expected, calls = model(x), model.calls()
     with mapped(Blocks=WeightKernel):
         result = fuse(model, {"blocks": True})
-    assert [group.accuracy for group in result.fused] == [1.0, 1.0]
-    assert "error 1.00 x the modules'" in str(result)
+    assert all(0.5 < group.accuracy <= 1.1 for group in result.fused if group.accuracy)
+    assert re.search(r"error \d\.\d\d x the modules'", str(result))
     assert torch.equal(model(x), expected)
     assert model.calls() == calls
     assert [group.kernel_calls for group in report(model).groups] == [1, 1]
@@ -234,7 +405,9 @@ def test_a_kernel_that_is_less_accurate_is_refused_with_the_numbers(
     assert structure(model) == before
     assert [group.action for group in result.groups] == ["skipped"] * 2
     reason = str(result.groups[0].reason)
-    assert re.search(r"error \d\.\d\de-05 against float64, theirs is \d\.\d\de-0[78]", reason)
+    assert re.search(
+        r"error \d\.\d\de-05 of the .* against float64, theirs is \d\.\d\de-0[78]", reason
+    )
 
 
 def test_members_of_one_structure_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +415,6 @@ def test_members_of_one_structure_are_compared_once(monkeypatch: pytest.MonkeyPa
     compared: list[int] = []
     compare = certificate._compare
     monkeypatch.setattr(certificate, "_compare", lambda *args: compared.append(1) or compare(*args))
-    certificate._CERTIFICATES.clear()
     model = Model(5)
     model.layers[3].mlp = Mlp(8, 24)
     with mapped(Blocks=WeightKernel):
@@ -330,8 +502,6 @@ def test_which_child_feeds_which_is_read_from_the_source() -> None:
 def test_a_chain_of_the_family_in_another_chain_already_is_skipped_with_the_reason(
     llama: nn.Module,
 ) -> None:
-    from module_fusion import fuse_modules
-
     fuse_modules(llama, ["model.layers.0.mlp"])
     result = fuse(llama, {"rms_norm_mlp": True})
     assert [group.action for group in result.groups] == ["fused", "skipped"]

@@ -1,14 +1,16 @@
 """The certificate: a kernel is compared with the members before it takes over a group.
 
-Both are run on the same small random inputs and measured against the members in float64.
-The kernel may have at most 1.1 times the members' error.
+Both are run, forward and backward, on copies of the members with random weights, on small
+random inputs, and measured against the copies in float64. In the output and in every gradient
+the kernel may have at most 1.1 times the members' error.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import get_ident
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -23,107 +25,249 @@ LIMIT = 1.1
 # Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
 _FLOOR = 0.25
 _SEED = 0
-_MOST_CERTIFICATES = 1024
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
-_CERTIFICATES: dict[Any, Certificate] = {}
 _ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+
+_SETTINGS = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
+Samples = list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The errors of a kernel and of the members, relative to float64.
+    """The errors of a kernel and of the members, relative to float64, where they differ most.
 
     Attributes:
-        kernel_error: norm of the kernel's deviation over the norm of the exact output.
+        kernel_error: norm of the kernel's deviation over the norm of the exact value.
         member_error: the same of the members in their own dtype.
-        floor: what the kernel's error may be in any case.
+        allowed: what the kernel's error may be.
+        floor: below this an error is not told from none.
+        what: the output, or the gradient of which tensor.
+        failure: why there is nothing to compare, None where there is.
     """
 
-    kernel_error: float
-    member_error: float
-    floor: float
+    kernel_error: float = 0.0
+    member_error: float = 0.0
+    allowed: float = 0.0
+    floor: float = 0.0
+    what: str = "output"
+    failure: str | None = None
 
     @property
     def ratio(self) -> float:
         """The kernel's error in units of the members'."""
+        if self.kernel_error <= self.floor and self.member_error <= self.floor:
+            return 1.0
         return self.kernel_error / max(self.member_error, self.floor)
 
     @property
     def refusal(self) -> str | None:
         """Why the kernel may not take over, None if it may."""
-        if self.kernel_error <= max(LIMIT * self.member_error, self.floor):
-            return None
+        if self.failure is not None or self.kernel_error <= self.allowed:
+            return self.failure
         return (
             f"the kernel is less accurate than the modules: relative error "
-            f"{self.kernel_error:.2e} against float64, theirs is {self.member_error:.2e}, and "
-            f"{LIMIT} times that is allowed"
+            f"{self.kernel_error:.2e} of the {self.what} against float64, theirs is "
+            f"{self.member_error:.2e}, and {LIMIT} times that is allowed"
         )
 
 
-def certify(
-    chain: Chain, members: Sequence[nn.Module], samples: Callable[[], list[tuple[Tensor, ...]]]
-) -> Certificate | None:
-    """Compare the kernel in a chain's seat with the members, once per structure.
+class Certificates(dict[Any, Certificate]):
+    """The certificates of one `fuse`, by what the members compute. Not kept for longer: the
+    functions that a module calls may be replaced meanwhile."""
 
-    Args:
-        chain: a chain with a kernel in its seat.
-        members: its members, in order.
-        samples: makes the inputs.
+    def of(
+        self, chain: Chain, members: Sequence[nn.Module], samples: Callable[[], Samples]
+    ) -> Certificate | None:
+        """Compare the kernel in a chain's seat with the members, once per structure.
 
-    Returns:
-        None where there are no samples to compare on.
-    """
-    seat: Any = chain.seat
-    key = (seat.kernel, repr(seat.prepared), chain.plan, *map(_structure, members))
-    found = _CERTIFICATES.get(key)
-    if found is None:
-        inputs = samples()
-        if not inputs:
-            return None
-        found = _compare(chain, members, inputs)
-        if len(_CERTIFICATES) >= _MOST_CERTIFICATES:
-            _CERTIFICATES.clear()
-        _CERTIFICATES[key] = found
-    return found
+        Args:
+            chain: a chain with a kernel in its seat.
+            members: its members, in order.
+            samples: makes the inputs.
+
+        Returns:
+            None where there are no samples to compare on.
+        """
+        seat: Any = chain.seat
+        key = (seat.kernel, repr(seat.prepared), chain.plan, *map(_structure, members))
+        if key not in self:
+            inputs = samples()
+            if not inputs:
+                return None
+            try:
+                with torch.inference_mode(False):
+                    self[key] = _compare(chain, members, inputs)
+            except torch.OutOfMemoryError:
+                failure = "there is not enough memory to compare the kernel with the modules"
+                self[key] = Certificate(failure=failure)
+        return self[key]
 
 
 def seeded() -> torch.Generator:
     """A generator of its own, so that nobody's random numbers are used up."""
-    return torch.Generator().manual_seed(_SEED)
+    return torch.Generator("cpu").manual_seed(_SEED)
 
 
-def _compare(
-    chain: Chain, members: Sequence[nn.Module], samples: list[tuple[Tensor, ...]]
-) -> Certificate:
-    weight = next(p for member in members for p in member.parameters() if p.is_floating_point())
-    plain = [_copy_of(member, lambda tensor: tensor.detach()) for member in members]
-    exact = [_copy_of(member, lambda tensor: _double(tensor.detach())) for member in members]
-    kernel_error = member_error = 0.0
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        for sample in samples:
-            inputs = [value.to(weight.device, weight.dtype) for value in sample]
-            with _InDouble():
-                reference = run_members(chain.plan, exact, _call, [_double(x) for x in inputs])
-            theirs = run_members(chain.plan, plain, _call, [x.clone() for x in inputs])
-            caller = get_ident()
-            chain.running.add(caller)
-            try:
-                ours = chain.seat(*[x.clone() for x in inputs])  # type: ignore[misc]
-            finally:
-                chain.running.discard(caller)
-            kernel_error += _error(ours, reference) ** 2
-            member_error += _error(theirs, reference) ** 2
-    floor = _FLOOR * torch.finfo(weight.dtype).eps
-    count = len(samples)
-    return Certificate((kernel_error / count) ** 0.5, (member_error / count) ** 0.5, floor)
+class _Errors:
+    """Squared errors of one tensor, summed over the samples."""
+
+    def __init__(self) -> None:
+        self.kernel = self.members = 0.0
+        self.samples = self.elements = 0
+
+    def add(self, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+        finite = theirs.isfinite() & exact.isfinite()
+        if not torch.equal(ours.isfinite(), theirs.isfinite()):
+            self.kernel = float("inf")
+        if not finite.any():
+            return
+        size = exact[finite].norm()
+        if not size > 0:
+            size = torch.ones_like(size)
+        self.kernel += float(((ours.double() - exact)[finite].norm() / size) ** 2)
+        self.members += float(((theirs.double() - exact)[finite].norm() / size) ** 2)
+        self.samples += 1
+        self.elements += int(finite.sum())
+
+    def certificate(self, what: str, epsilon: float) -> Certificate:
+        count = max(self.samples, 1)
+        kernel, members = (self.kernel / count) ** 0.5, (self.members / count) ** 0.5
+        # Of few elements an error is a matter of luck.
+        slack = 1 + 2 / max(self.elements, 1) ** 0.5
+        floor = _FLOOR * epsilon
+        return Certificate(kernel, members, max(LIMIT * members, floor) * slack, floor, what)
 
 
-def _error(value: Any, exact: Any) -> float:
-    """Norm of the deviation, relative to the exact value; infinite if it is not a number."""
-    if type(value) is not Tensor or value.shape != exact.shape:
-        return float("inf")
-    deviation = float((value.double() - exact).norm() / exact.norm().clamp_min(1e-300))
-    return deviation if deviation == deviation else float("inf")
+def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Certificate:
+    tensors = [t for m in members for t in (*m.parameters(), *m.buffers())]
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0, device="cpu"))
+    random = torch.Generator(like.device).manual_seed(_SEED)
+    # Packed weights cannot be copied, so there the members' own values are used.
+    fresh = Tensor.detach if chain.packings else lambda tensor: _random_like(tensor, random)
+    plain = [_copy_of(member, fresh) for member in members]
+    exact = [_copy_of(member, lambda tensor: _double(tensor.detach())) for member in plain]
+    kernel = chain.seat if chain.packings else _seat_on(chain, plain)
+    owners = members if chain.packings else plain
+    differentiable = bool(chain.seat._capabilities["has_backward"])  # type: ignore[union-attr]
+    errors: dict[str, _Errors] = {}
+    compared = False
+    for number, sample in enumerate(samples):
+        inputs = [value.to(like.device, like.dtype) for value in sample]
+        backward = differentiable and all(value.isfinite().all() for value in inputs)
+        for grad in (True, False) if number == 0 else (True,):
+            with torch.set_grad_enabled(grad):
+                try:
+                    with _InDouble():
+                        truth = _run(chain, exact, [_double(x) for x in inputs])
+                    theirs = _run(chain, plain, inputs)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:
+                    continue  # The members do not take such an input.
+                compared = True
+                try:
+                    ours = _run_kernel(kernel, owners, chain.roles, inputs)
+                    found = _differences(ours, theirs, truth, backward and grad)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    return Certificate(failure=f"the kernel fails on a small input: {error}")
+            if isinstance(found, str):
+                return Certificate(failure=found)
+            for what, values in found.items():
+                errors.setdefault(what, _Errors()).add(*values)
+    if not compared:
+        return Certificate(failure="the modules take none of the inputs to compare on")
+    epsilon = torch.finfo(like.dtype).eps
+    certificates = [errors[what].certificate(what, epsilon) for what in errors]
+    return max(certificates, key=lambda c: c.kernel_error / max(c.allowed, 1e-300))
+
+
+_Run = tuple[Any, dict[str, Tensor]]
+
+
+def _run(chain: Chain, members: Sequence[nn.Module], inputs: list[Tensor]) -> _Run:
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    output = run_members(chain.plan, members, _call, inputs)
+    return output, _leaves(members, chain.roles, inputs)
+
+
+def _run_kernel(
+    kernel: Any, members: Sequence[nn.Module], roles: Sequence[str], inputs: list[Tensor]
+) -> _Run:
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    return kernel(*inputs), _leaves(members, roles, inputs)
+
+
+def _leaves(
+    members: Sequence[nn.Module], roles: Sequence[str], inputs: list[Tensor]
+) -> dict[str, Tensor]:
+    leaves = {f"input {number}": x for number, x in enumerate(inputs) if x.requires_grad}
+    for role, member in zip(roles, members, strict=True):
+        named = member.named_parameters()
+        leaves.update({f"{role}.{name}": p for name, p in named if p.requires_grad})
+    return leaves
+
+
+def _differences(
+    ours: _Run, theirs: _Run, exact: _Run, backward: bool
+) -> dict[str, tuple[Tensor, Tensor, Tensor]] | str:
+    """The values to compare, by name, or why they cannot be."""
+    outputs = [run[0] for run in (ours, theirs, exact)]
+    if type(outputs[0]) is not Tensor or outputs[0].shape != outputs[1].shape:
+        return "the kernel's output has another form than the modules'"
+    if outputs[0].dtype != outputs[1].dtype:
+        return f"the kernel's output is in {outputs[0].dtype}, the modules' in {outputs[1].dtype}"
+    ours_, theirs_, exact_ = (output.detach() for output in outputs)
+    values = {"output": (ours_, theirs_, exact_)}
+    if not backward:
+        return values
+    cotangent = torch.randn(outputs[0].shape, generator=seeded(), device="cpu")
+    cotangent = cotangent.to(outputs[0].device, outputs[0].dtype)
+    names = [name for name in theirs[1] if name in ours[1]]
+    gradients: list[tuple[Tensor | None, ...]] = []
+    for output, leaves in (ours, theirs, exact):
+        wanted = [leaves[name] for name in names]
+        if output.requires_grad:
+            seed = cotangent.to(output.dtype)
+            gradients.append(torch.autograd.grad(output, wanted, seed, allow_unused=True))
+        else:
+            gradients.append((None,) * len(names))
+    for name, mine, other, truth in zip(names, *gradients, strict=True):
+        if (mine is None) != (other is None):
+            return (
+                f"the gradient of {name} is {'missing' if mine is None else 'there'}, unlike theirs"
+            )
+        if mine is not None and other is not None and truth is not None:
+            values[f"gradient of {name}"] = (mine, other, truth)
+    return values
+
+
+def _seat_on(chain: Chain, members: Sequence[nn.Module]) -> nn.Module:
+    """The kernel of a chain in a seat by itself, on other members."""
+    seat: Any = chain.seat
+    bench: Any = type(seat)()
+    bench.__dict__.update(seat.__dict__)
+    prepare = getattr(seat.kernel, "prepare", None)
+    is_method = isinstance(seat.__dict__["forward"], MethodType)
+    bench.__dict__.update(
+        _members=tuple(map(weakref.ref, members)),
+        forward=MethodType(seat.kernel, bench) if is_method else seat.kernel,
+        prepared=None if prepare is None else prepare(*members),
+    )
+    return bench  # type: ignore[no-any-return]
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random weights of a usual size: vectors around 1, matrices that keep the size of rows."""
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    values = torch.randn(
+        tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
+    )
+    values = values * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 1 + values * 0.3
+    # In the same memory format: kernels look at strides.
+    return torch.empty_like(tensor.detach()).copy_(values)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -141,7 +285,7 @@ def _copy_of(module: nn.Module, of_tensor: Callable[[Tensor], Tensor]) -> nn.Mod
     own = {name: value for name, value in module.__dict__.items() if name not in (KEY, "forward")}
     own.update({name: type(own[name])() for name in _HOOKS if name in own})
     own["_parameters"] = {
-        name: None if p is None else nn.Parameter(of_tensor(p), requires_grad=False)
+        name: None if p is None else nn.Parameter(of_tensor(p), requires_grad=p.is_floating_point())
         for name, p in module._parameters.items()
     }
     own["_buffers"] = {
@@ -174,9 +318,12 @@ def _widened(value: Any) -> Any:
 def _structure(module: nn.Module) -> tuple[Any, ...]:
     """What a module computes, as far as classes, sizes and settings tell."""
     parts: list[Any] = []
-    for name, part in module.named_modules():
+    for name, part in nn.Module.named_modules(module):  # Not the seat.
         own = {**part._parameters, **part._buffers}
         tensors = [(k, t.shape, t.dtype, t.device) for k, t in own.items() if t is not None]
-        settings = [(k, v) for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))]
-        parts.append((name, original_class(part), tuple(tensors), tuple(settings)))
+        settings = [
+            (k, v) for k, v in vars(part).items() if k != "training" and isinstance(v, _SETTINGS)
+        ]
+        cls: Any = original_class(part)
+        parts.append((name, cls, cls.forward, tuple(tensors), tuple(settings)))
     return tuple(parts)

@@ -61,13 +61,17 @@ class FusionFamily:
         """The reason why the kernel cannot have these members, or None."""
         return None
 
+    def forget(self) -> None:
+        """Drop what was found out about modules; called before and after each `fuse`."""
+
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
         """Small random inputs on which the kernel is compared with the members.
 
         Each is a tuple of the chain's inputs, made on the CPU; the comparison moves them to
-        the members' device. No samples, as here, means that nothing is compared.
+        the members' device. Those that the members do not take are passed over. No samples, as
+        here, means that nothing is compared.
         """
         return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from kernels import Mode
 from torch import nn
 
+from ..context import has_global_hooks
+from ..effects import code_read_once, effect_of
 from ..errors import FusionError
 from ..inventory import Found, row_of
 from ..modules import original_class, state_of
@@ -17,7 +19,7 @@ from ..paths import Group, check_paths, find_modules
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
 from ..surgery import apply_jobs, check_arguments, undo_chains
-from .certificate import certify, seeded
+from .certificate import Certificates, seeded
 from .family import FusionFamily, chosen_families
 from .layout import Packer
 
@@ -68,17 +70,25 @@ def fuse(
     rows: list[GroupReport] = []
     fused: list[Found] = []
     packer = Packer(model)
+    restore: list[Callable[[], None]] = []
+    chosen = chosen_families(families)
     try:
-        for family, options in chosen_families(families):
+        for family, options in chosen:
+            family.forget()
             wanted = _filter(model, options)
             groups = [group for group in _groups(model, family) if wanted(group)]
             family_mode = options.get("mode", mode)
             check_arguments(model, None, family_mode)
-            rows += _fuse_family(model, family, groups, family_mode, device, fused, packer)
+            rows += _fuse_family(model, family, groups, family_mode, device, fused, packer, restore)
     except BaseException:
         packer.give_all_back()
         undo_chains(model, fused, [])
+        for step in restore:
+            step()
         raise
+    finally:
+        for family, _ in chosen:
+            family.forget()
     return FusionReport(rows)
 
 
@@ -96,21 +106,29 @@ def _groups(model: nn.Module, family: FusionFamily) -> Iterator[Group]:
             yield Group(tuple(paths), modules)
 
 
-def _filter(model: nn.Module, options: Mapping[str, Any]) -> Any:
-    chosen: dict[str, set[int] | None] = {}
+def _filter(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Group], bool]:
+    """Whether a group is wanted: `include` and `exclude` name members, or modules around or in
+    them."""
+    chosen: dict[str, dict[str, nn.Module] | None] = {}
     for name in ("include", "exclude"):
         paths = options.get(name)
         paths = [paths] if isinstance(paths, str) else paths
-        chosen[name] = None
-        if paths is not None:
-            chosen[name] = set(map(id, find_modules(model, check_paths(paths)).values()))
+        chosen[name] = None if paths is None else find_modules(model, check_paths(paths))
+    include, exclude = chosen["include"], chosen["exclude"] or {}
 
     def wanted(group: Group) -> bool:
-        members = set(map(id, group.modules))
-        include, exclude = chosen["include"], chosen["exclude"]
-        return (include is None or bool(members & include)) and not members & (exclude or set())
+        included = include is None or any(_meets(*place, group) for place in include.items())
+        return included and not any(_meets(*place, group) for place in exclude.items())
 
     return wanted
+
+
+def _meets(path: str, module: nn.Module, group: Group) -> bool:
+    """Whether a module is a member of a group, around one, or in one."""
+    return any(
+        module is member or f"{known}.".startswith(f"{path}.") or path.startswith(f"{known}.")
+        for known, member in zip(group.paths, group.modules, strict=True)
+    )
 
 
 def _fuse_family(
@@ -121,19 +139,23 @@ def _fuse_family(
     device: str | torch.device | None,
     fused: list[Found],
     packer: Packer,
+    restore: list[Callable[[], None]],
 ) -> list[GroupReport]:
     """Fuse the groups of one family; adds what was fused to `fused`."""
     rows: list[GroupReport] = []
+    certificates = Certificates()
     fusable: dict[int, Group] = {}
-    for group in groups:
-        end = id(group.modules[-1])
-        reason = family.is_fusable(group.modules)
-        if reason is None and end in fusable:
-            reason = f"{' -> '.join(fusable[end].paths)} ends in the same module"
-        if reason is None:
-            fusable[end] = group
-        else:
-            rows.append(_skipped(family, group, reason))
+    with code_read_once():
+        for group in groups:
+            end = id(group.modules[-1])
+            # Nothing is probed that draws random numbers, or writes somewhere, when it runs.
+            reason = _effect_in(group, family.roles) or family.is_fusable(group.modules)
+            if reason is None and end in fusable:
+                reason = f"{' -> '.join(fusable[end].paths)} ends in the same module"
+            if reason is None:
+                fusable[end] = group
+            else:
+                rows.append(_skipped(family, group, reason))
     jobs = _plan(model, family, list(fusable.values()), rows)
     unpacked = _pack(family, jobs, packer)
     for job in jobs:
@@ -141,11 +163,17 @@ def _fuse_family(
             rows.append(_skipped(family, job.group, unpacked[id(job)]))
     jobs = [job for job in jobs if job.is_fused or id(job) not in unpacked]
     new = [job for job in jobs if not job.is_fused]
-    apply_jobs(model, jobs, family.kernel, mode, device, use_fallback=True)
+    # A kernel that is there already stays, such as one of the user's own, and looks at the
+    # members as they are now.
+    empty = [job for job in jobs if not (job.is_fused and job.chain.armed)]
+    for job in jobs:
+        if job not in empty:
+            job.chain.seat._arm()  # type: ignore[union-attr]
+    restore += apply_jobs(model, empty, family.kernel, mode, device, use_fallback=True)
     fused += [job.found() for job in new]
     done = []
     for job in jobs:
-        reason = _why_not(job, family)
+        reason = _why_not(job, family, certificates)
         if reason is not None and job in new:
             found = job.found()
             packer.give_back(job.chain)
@@ -154,7 +182,7 @@ def _fuse_family(
             rows.append(_skipped(family, job.group, reason))
         else:
             row = row_of(job.found(), "fused" if job in new else "already fused")
-            done.append(replace(row, reason=unpacked.get(id(job), row.reason)))
+            done.append(replace(row, reason=unpacked.get(id(job), reason or row.reason)))
     return done + rows
 
 
@@ -180,10 +208,24 @@ def _plan(
         if len(groups) == 1:
             rows.append(_skipped(family, groups[0], str(error)))
             return []
-    return [job for group in groups for job in _plan(model, family, [group], rows)]
+    half = len(groups) // 2
+    first = _plan(model, family, groups[:half], rows)
+    return first + _plan(model, family, groups[half:], rows)
 
 
-def _why_not(job: Job, family: FusionFamily) -> str | None:
+def _effect_in(group: Group, roles: Sequence[str]) -> str | None:
+    """What keeps the members from being run as a trial, None if nothing does."""
+    if has_global_hooks():
+        return "a global module hook is registered"
+    for role, member in zip(roles, group.modules, strict=True):
+        for name, part in nn.Module.named_modules(member):  # Not the seat.
+            effect = effect_of(part, original_class(part))
+            if effect is not None and effect.happens(part):
+                return f"{role}{'.' if name else ''}{name} {effect.what}"
+    return None
+
+
+def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str | None:
     """Why a group that was fused must not stay so, None if it may."""
     chain = job.chain
     if not chain.armed:
@@ -196,7 +238,7 @@ def _why_not(job: Job, family: FusionFamily) -> str | None:
         reason = state.form.why_not_plain(member, role, [])
         if reason is not None:
             return reason
-    certificate = certify(chain, members, lambda: family.samples(members, seeded()))
+    certificate = certificates.of(chain, members, lambda: family.samples(members, seeded()))
     chain.family = family.name
     if certificate is None:
         return None

@@ -44,7 +44,7 @@ class PatchEmbeddingsFamily(FusionFamily):
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
-        """Inputs `(batch, channels, *size)`: one patch each, a grid, a grid with a remainder."""
+        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, no batch."""
         proj: Any = members[0]
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]

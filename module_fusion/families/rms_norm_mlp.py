@@ -12,7 +12,7 @@ from ..spec import forward_signature
 from .dataflow import feeding_pairs
 from .family import FusionFamily, register_family
 
-_SCALES = (1.0, 30.0, 1e-3)
+_SCALES = (1.0, 30.0, 1e-3, 3e3)
 _TOKENS = 16
 
 
@@ -44,14 +44,28 @@ class RMSNormMLPFamily(FusionFamily):
             return str(error)
         return None
 
+    def forget(self) -> None:
+        from ..kernels.rms_norm_mlp.recipe import prepare
+
+        prepare.cache_clear()  # type: ignore[attr-defined]
+
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
-        """Hidden states `(tokens, hidden)` of several sizes; small ones show the epsilon."""
+        """Hidden states `(..., hidden)` of several sizes; small ones show the epsilon, large ones a
+        clamp, more dimensions a mean over tokens."""
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         hidden = prepare(*members).hidden
-        return [(torch.randn(_TOKENS, hidden, generator=generator) * scale,) for scale in _SCALES]
+        shapes = [(_TOKENS, hidden)] * len(_SCALES) + [(hidden,), (2, 5, hidden), (2, 3, 4, hidden)]
+        scales = (*_SCALES, 1.0, 1.0, 1.0)
+        samples = [
+            torch.randn(shape, generator=generator, device="cpu") * scale
+            for shape, scale in zip(shapes, scales, strict=True)
+        ]
+        odd = torch.randn(4, hidden, generator=generator, device="cpu")
+        odd[0], odd[1, 0], odd[2, -1] = 0, float("nan"), float("inf")
+        return [(sample,) for sample in (*samples, odd)]
 
 
 def _is_norm(module: nn.Module) -> bool:

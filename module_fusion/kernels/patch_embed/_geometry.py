@@ -74,6 +74,7 @@ def is_known(x: Tensor, weight: Tensor, plan: PatchPlan) -> bool:
         and x.device == weight.device
         and x.layout == torch.strided
         and x.size(-dims - 1) == weight.size(1)
+        and weight.shape[2:] == plan.patch
         and x.numel() > 0
         and weight.numel() > 0
         and all(n >= p for n, p in zip(x.shape[-dims:], plan.patch, strict=True))

@@ -54,7 +54,7 @@ def candidates(mlp: nn.Module) -> tuple[int, list[Projections]]:
         if any(True for _ in module.buffers(recurse=False)):
             raise Refused(f"{name} has buffers; the kernel computes with its weights alone")
     found = []
-    for paths in permutations(linears):
+    for paths in permutations(linears) if len(linears) in (2, 3) else ():
         shapes = [linears[path] for path in paths]
         if len(shapes) == 3 and shapes[0] == shapes[1] == shapes[2][::-1]:
             found.append(Projections(paths[0], paths[1], paths[2], *shapes[0]))

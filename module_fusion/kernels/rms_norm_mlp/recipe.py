@@ -98,6 +98,10 @@ def prepare(norm: nn.Module, mlp: nn.Module) -> Recipe:
     return found
 
 
+# What a module's code names may be replaced meanwhile, so the library clears this after it fused.
+setattr(prepare, "cache_clear", _RECIPES.clear)
+
+
 def _prove(norm: nn.Module, mlp: nn.Module) -> Recipe:
     tensors: list[Tensor] = [*norm.parameters(), *mlp.parameters()]
     dtypes = {tensor.dtype for tensor in tensors}
