@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -66,12 +66,23 @@ def _path_of(module: nn.Module) -> str:
     return state.path if state is not None else type(module).__name__
 
 
+def modules_in(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module once, as `modules()` gives them, without making up their names."""
+    pending, seen = [model], set()
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            pending += [child for child in module._modules.values() if child is not None]
+
+
 def strays_in(model: nn.Module, chains: Sequence[Found]) -> list[nn.Module]:
     """Fused modules whose chain is gone: its last member was replaced or is elsewhere."""
     known = {id(state) for found in chains for state in states_of(found)}
     return [
         module
-        for module in model.modules()
+        for module in modules_in(model)
         if KEY in module.__dict__
         and (state := state_of(module)) is not None
         and id(state) not in known

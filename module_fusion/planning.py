@@ -18,7 +18,7 @@ from .code import (
     code_that_asks_for_type,
 )
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
-from .inventory import Found
+from .inventory import Found, modules_in
 from .modules import KEY, FusedModule, original_class, state_of
 from .paths import Group, check_paths
 from .seat import check_roles
@@ -128,7 +128,7 @@ def _check_members(model: nn.Module, group: Group) -> None:
                 raise NotFusableError(f"{path!r} and {other!r} are the same module.")
             if module is member or not module._modules:
                 continue
-            if any(below is member for below in module.modules()):
+            if any(below is member for below in modules_in(module)):
                 raise NotFusableError(
                     f"{other!r} is inside {path!r}: a chain is made of modules beside each other."
                 )
