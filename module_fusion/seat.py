@@ -135,10 +135,11 @@ class FusedKernel(nn.Module):
             dtype = tensor.dtype
             if dtype not in dtypes and dtypes and dtype.is_floating_point:
                 return f"an input is in {dtype}, the weights are not"
-            if device is None or tensor.device != device:
-                return _why_not_together([*tensors, *weights])
-        if self._has_buffers and (reason := _why_not_together(weights)):
-            return reason
+        apart = any(device is None or tensor.device != device for tensor in tensors)
+        if apart or self._has_buffers:
+            reason = _why_not_together([*tensors, *weights])
+            if reason is not None:
+                return reason
         needs_backward = not can["has_backward"] and torch.is_grad_enabled()
         if needs_backward and any(tensor.requires_grad for tensor in (*tensors, *weights)):
             what = "has no backward" if can["is_known"] else "is not known to have a backward"

@@ -529,6 +529,22 @@ def test_other_kernelizable_layers_of_the_model_are_left_alone(x: Tensor) -> Non
     assert "forward" not in model.other.__dict__
 
 
+def test_members_without_weights_need_gradients_too(x: Tensor) -> None:
+    class NoBackward(nn.Module):
+        can_torch_compile = True
+        has_backward = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = nn.Sequential(nn.Sequential(nn.Tanh(), nn.Sigmoid()))
+    with mapped(Fast=NoBackward):
+        fuse_modules(model, ["0.0", "0.1"], kernel="Fast", mode=Mode.INFERENCE)
+    x = x.requires_grad_()
+    assert torch.equal(model(x), x.tanh().sigmoid())
+    assert last_reasons(model)[0] == "gradients are needed and the kernel has no backward"
+
+
 def test_the_seat_called_directly_is_the_chain(model: Model, x: Tensor) -> None:
     block = model.layers[0]
     expected = block.mlp(block.norm(x))
