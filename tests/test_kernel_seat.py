@@ -539,7 +539,7 @@ def test_members_without_weights_need_gradients_too(x: Tensor) -> None:
 
     model = nn.Sequential(nn.Sequential(nn.Tanh(), nn.Sigmoid()))
     with mapped(Fast=NoBackward):
-        fuse_modules(model, ["0.0", "0.1"], kernel="Fast", mode=Mode.INFERENCE)
+        fuse_modules(model, {"a": "0.0", "b": "0.1"}, kernel="Fast", mode=Mode.INFERENCE)
     x = x.requires_grad_()
     assert torch.equal(model(x), x.tanh().sigmoid())
     assert last_reasons(model)[0] == "gradients are needed and the kernel has no backward"
