@@ -120,7 +120,7 @@ def _check_members(model: nn.Module, group: Group) -> None:
             )
         if KEY in module.__dict__ and state_of(module) is None:
             raise NotFusableError(f"{path!r} has an attribute {KEY!r} already.")
-        if not isinstance(module, FusedModule) and hasattr(module, "fused_kernel"):
+        if not isinstance(module, FusedModule) and _has_attribute(module, "fused_kernel"):
             raise NotFusableError(f"{path!r} has an attribute 'fused_kernel' already.")
     for index, (path, module) in enumerate(zip(group.paths, group.modules, strict=True)):
         for position, (other, member) in enumerate(zip(group.paths, group.modules, strict=True)):
@@ -132,6 +132,13 @@ def _check_members(model: nn.Module, group: Group) -> None:
                 raise NotFusableError(
                     f"{other!r} is inside {path!r}: a chain is made of modules beside each other."
                 )
+
+
+def _has_attribute(module: nn.Module, name: str) -> bool:
+    """`hasattr`, which for a module that has not takes long to say so."""
+    own = module.__dict__
+    places = (own, own["_modules"], own["_parameters"], own["_buffers"])
+    return any(name in place for place in places) or hasattr(type(module), name)
 
 
 def _check_order(model: nn.Module, group: Group) -> None:

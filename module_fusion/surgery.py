@@ -271,7 +271,7 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
             assert collector is not None
             collector.boundary = state
             collector.holders = tuple(map(weakref.ref, holders))
-    job.chain.states = tuple(state_of(member) for member in members[:-1])
+    job.chain.states = tuple(map(state_of, members[:-1]))
     job.chain.take_seat(members[-1])
 
 
