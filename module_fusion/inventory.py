@@ -41,7 +41,7 @@ def chains_in(model: nn.Module) -> list[Found]:
     """The chains whose last member is in the model, with present paths."""
     names: dict[int, str] = {}
     ends: list[tuple[nn.Module, ModuleState]] = []
-    for name, module in model.named_modules():
+    for name, module in _named_modules_in(model):
         names[id(module)] = name or "(the module itself)"
         if KEY in module.__dict__:
             state = state_of(module)
@@ -64,6 +64,20 @@ def chains_in(model: nn.Module) -> list[Found]:
 def _path_of(module: nn.Module) -> str:
     state = state_of(module)
     return state.path if state is not None else type(module).__name__
+
+
+def _named_modules_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules()`, but for the seats of kernels, and without a generator per module."""
+    pending, seen = [("", model)], set()
+    while pending:
+        name, module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+            prefix = f"{name}." if name else ""
+            for key, child in reversed(module._modules.items()):
+                if child is not None:
+                    pending.append((prefix + key, child))
 
 
 def modules_in(model: nn.Module) -> Iterator[nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,7 +181,7 @@ def _fuse_family(
             rows.append(_skipped(family, job.group, reason))
         else:
             row = row_of(job.found(), "fused" if job in new else "already fused")
-            done.append(replace(row, reason=unpacked.get(id(job), reason or row.reason)))
+            done.append(row._replace(reason=unpacked.get(id(job), reason or row.reason)))
     return done + rows
 
 
