@@ -106,8 +106,8 @@ def assert_as_exact(
 
 
 def independent(seat: Seat, x: Tensor) -> int:
-    """Values in the narrowest layer."""
-    tokens = x.numel() // x.shape[-1]
+    """Values in the narrowest layer, tokens that are the same counted once."""
+    tokens = len(torch.unique(x.detach().reshape(-1, x.shape[-1]), dim=0))
     return max(tokens, 1) * min(seat.weights().down.shape)
 
 
