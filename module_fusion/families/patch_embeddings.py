@@ -48,4 +48,6 @@ class PatchEmbeddingsFamily(FusionFamily):
         proj: Any = members[0]
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]
-        return [(torch.randn(2, proj.in_channels, *size, generator=generator),) for size in sizes]
+        shapes = [(2, proj.in_channels, *size) for size in sizes]
+        shapes.append((proj.in_channels, *sizes[1]))
+        return [(torch.randn(shape, generator=generator, device="cpu"),) for shape in shapes]
