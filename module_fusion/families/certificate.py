@@ -150,7 +150,7 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
     fresh = Tensor.detach if chain.packings else lambda tensor: _random_like(tensor, random)
     plain = [_copy_of(member, fresh) for member in members]
     exact = [_copy_of(member, lambda tensor: _double(tensor.detach())) for member in plain]
-    kernel = chain.seat if chain.packings else _seat_on(chain, plain)
+    kernel: Any = chain.seat if chain.packings else _seat_on(chain, plain)
     owners = members if chain.packings else plain
     differentiable = bool(chain.seat._capabilities["has_backward"])  # type: ignore[union-attr]
     errors: dict[str, _Errors] = {}
@@ -162,15 +162,16 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
             with torch.set_grad_enabled(grad):
                 try:
                     with _InDouble():
-                        truth = _run(chain, exact, [_double(x) for x in inputs])
-                    theirs = _run(chain, plain, inputs)
+                        wide = [_double(x) for x in inputs]
+                        truth = _run(_chain_of(chain, exact), exact, chain.roles, wide)
+                    theirs = _run(_chain_of(chain, plain), plain, chain.roles, inputs)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception:
                     continue  # The members do not take such an input.
                 compared = True
                 try:
-                    ours = _run_kernel(kernel, owners, chain.roles, inputs)
+                    ours = _run(kernel, owners, chain.roles, inputs)
                     found = _differences(ours, theirs, truth, backward and grad)
                 except torch.OutOfMemoryError:
                     raise
@@ -190,17 +191,15 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
 _Run = tuple[Any, dict[str, Tensor]]
 
 
-def _run(chain: Chain, members: Sequence[nn.Module], inputs: list[Tensor]) -> _Run:
-    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    output = run_members(chain.plan, members, _call, inputs)
-    return output, _leaves(members, chain.roles, inputs)
-
-
-def _run_kernel(
-    kernel: Any, members: Sequence[nn.Module], roles: Sequence[str], inputs: list[Tensor]
+def _run(
+    function: Callable[..., Any],
+    members: Sequence[nn.Module],
+    roles: Sequence[str],
+    inputs: list[Tensor],
 ) -> _Run:
+    """The output on copies of the inputs, and what it may have gradients of."""
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    return kernel(*inputs), _leaves(members, roles, inputs)
+    return function(*inputs), _leaves(members, roles, inputs)
 
 
 def _leaves(
@@ -272,6 +271,11 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     values = values * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 1 + values * 0.3
     # In the same memory format: kernels look at strides.
     return torch.empty_like(tensor.detach()).copy_(values)
+
+
+def _chain_of(chain: Chain, members: Sequence[nn.Module]) -> Callable[..., Any]:
+    """The chain on other members."""
+    return lambda *inputs: run_members(chain.plan, members, _call, inputs)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
