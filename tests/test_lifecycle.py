@@ -366,7 +366,8 @@ def test_where_the_module_of_a_kernel_does_not_exist_a_pickle_opens_and_runs_the
         f"print(report(model).groups[0].reason)"
     )
     tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     run = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

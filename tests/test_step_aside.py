@@ -171,7 +171,7 @@ def test_what_is_there_already_is_not_fused_by_family(device: str, name: str) ->
 
 def test_under_autocast_the_modules_run(device: str) -> None:
     model, twin = build(device), build(device)
-    fuse(model)
+    assert len(fuse(model).fused) == 1
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(logits(model), logits(twin))
     assert "autocast is on" in str(groups(model)[0].reason)

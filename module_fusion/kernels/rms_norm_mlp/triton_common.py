@@ -23,12 +23,18 @@ def scaled(normalised, weight, NORM: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def reciprocal_root(sum_of_squares, n, eps):
-    """`1 / sqrt(mean + eps)` without the approximate instructions: it is one value a row.
+    """`1 / sqrt(mean + eps)` in float32, without the approximate instructions.
 
-    Inductor passes Python floats as float64.
+    It is one value a row and a factor of the whole row, so its error does not average out:
+    tensors in float32 come with a sum in float64. Inductor passes Python floats as float64.
     """
-    mean = tl.div_rn(sum_of_squares, tl.cast(n, tl.float32))
-    return tl.div_rn(1.0, tl.sqrt_rn(mean + tl.cast(eps, tl.float32)))
+    if sum_of_squares.dtype == tl.float64:
+        mean = sum_of_squares / tl.cast(n, tl.float64)
+        root = (1.0 / tl.sqrt(mean + tl.cast(eps, tl.float64))).to(tl.float32)
+    else:
+        mean = tl.div_rn(sum_of_squares, tl.cast(n, tl.float32))
+        root = tl.div_rn(1.0, tl.sqrt_rn(mean + tl.cast(eps, tl.float32)))
+    return root
 
 
 @triton.jit

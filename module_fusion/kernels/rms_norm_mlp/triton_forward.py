@@ -31,8 +31,10 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK)
     inside = h < H
-    x = tl.load(x_MH + row * stride_x + h, mask=inside, other=0.0).to(tl.float32)
-    rstd = reciprocal_root(tl.sum(x * x, 0), H, eps)
+    x = tl.load(x_MH + row * stride_x + h, mask=inside, other=0.0)
+    wide = x.to(tl.float64 if x.dtype == tl.float32 else tl.float32)
+    rstd = reciprocal_root(tl.sum(wide * wide, 0), H, eps)
+    x = x.to(tl.float32)
     dtype = y_MH.dtype.element_ty
     if HAS_WEIGHT:
         weight = tl.load(w_H + h, mask=inside, other=0.0).to(tl.float32)
