@@ -1,0 +1,167 @@
+"""The command line: `python -m module_fusion plan|verify|bench MODEL_OR_CONFIG`.
+
+Nothing is downloaded: the model is a local checkpoint of transformers, or a config, which gets
+random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import FusionError, __version__, benchmark, fuse, verify
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: those of the command line when omitted.
+
+    Returns:
+        0; 1 where fusing changed a result; 2 where there is nothing to compare, or the model
+        cannot be built or fused. Arguments that are none raise `SystemExit(2)`.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        model = _load(Path(options.model), options.dtype).to(options.device)
+        return int(options.run(model, options))
+    except (FusionError, OSError, ValueError, ImportError) as error:
+        print(f"module_fusion: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(model: nn.Module, options: argparse.Namespace) -> int:
+    result = fuse(model, _families(options), dry_run=True)
+    _show(result, options)
+    return 0
+
+
+def _verify(model: nn.Module, options: argparse.Namespace) -> int:
+    inputs = _inputs(model, options)
+    fuse(model, _families(options))
+    result = verify(model, gradients=options.gradients, **_call(options), **inputs)
+    _show(result, options)
+    return 0 if result.passed else 1
+
+
+def _bench(model: nn.Module, options: argparse.Namespace) -> int:
+    inputs = _inputs(model, options)
+    fuse(model, _families(options))
+    result = benchmark(
+        model, seconds=options.seconds, compare=options.compare, **_call(options), **inputs
+    )
+    _show(result, options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m module_fusion", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("plan", _plan, "what `fuse` would do, and why not the rest"),
+        ("verify", _verify, "fused against unfused; exits with 1 where a result changed"),
+        ("bench", _bench, "fused and unfused, measured in turns"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("model", help="a checkpoint folder, or a config.json")
+        command.add_argument("--families", nargs="+", metavar="NAME", help="all when left out")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--dtype", choices=_DTYPES, help="that of the config when left out")
+        if name != "plan":
+            command.add_argument("--inputs", help="a torch.save of the model's keyword arguments")
+            command.add_argument("--batch", type=int, default=1)
+            command.add_argument("--tokens", type=int, default=32, help="in a random text input")
+            command.add_argument("--generate", type=int, metavar="N", help="generate N tokens")
+            command.add_argument("--seed", type=int, default=0, help="of random inputs")
+        if name == "verify":
+            command.add_argument("--gradients", action="store_true", help="compare them too")
+        if name == "bench":
+            command.add_argument("--seconds", type=float, default=5.0, help="at most")
+            command.add_argument(
+                "--compare", nargs="+", default=(), metavar="NAME",
+                help="'unfused compiled', 'fused compiled', 'liger'",
+            )  # fmt: skip
+    return parser
+
+
+def _load(path: Path, dtype: str | None) -> nn.Module:
+    """The model of a checkpoint, or one with random weights of a config."""
+    import transformers
+
+    if not path.exists():
+        raise FusionError(f"There is no file or folder {str(path)!r}.")
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    names = getattr(config, "architectures", None) or []
+    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    options = {} if dtype is None else {"dtype": _DTYPES[dtype]}
+    if path.is_dir() and any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        loader = cls or transformers.AutoModel
+        model: nn.Module = loader.from_pretrained(path, local_files_only=True, **options)
+        return model
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config) if cls is None else cls(config)
+    return model.to(**options).eval()
+
+
+def _families(options: argparse.Namespace) -> bool | Mapping[str, bool]:
+    return True if options.families is None else dict.fromkeys(options.families, True)
+
+
+def _call(options: argparse.Namespace) -> dict[str, Any]:
+    if options.generate is None:
+        return {}
+    return {
+        "method": "generate",
+        "max_new_tokens": options.generate,
+        "min_new_tokens": options.generate,
+        "do_sample": False,
+    }
+
+
+def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Those of a file, or random ones of the model's main input."""
+    if options.inputs is not None:
+        loaded = torch.load(options.inputs, map_location=options.device, weights_only=True)
+        if not isinstance(loaded, dict):
+            raise FusionError(
+                f"{options.inputs} has a {type(loaded).__name__}; save a dict of the model's "
+                f"keyword arguments: torch.save({{'input_ids': ids}}, ...)."
+            )
+        return loaded
+    name = getattr(model, "main_input_name", None)
+    config = model.config.get_text_config() if name == "input_ids" else model.config
+    random = torch.Generator().manual_seed(options.seed)
+    value: Tensor
+    if name == "input_ids":
+        shape = (options.batch, options.tokens)
+        value = torch.randint(0, config.vocab_size, shape, generator=random)
+    elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        shape = (options.batch, config.num_channels, config.image_size, config.image_size)
+        value = torch.randn(shape, generator=random).to(model.dtype)
+    else:
+        raise FusionError(
+            f"It is not known how to make the input {name!r} of {type(model).__name__}. Save the "
+            f"keyword arguments with torch.save and give the file: --inputs inputs.pt."
+        )
+    return {name: value.to(options.device)}
+
+
+def _show(result: Any, options: argparse.Namespace) -> None:
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
