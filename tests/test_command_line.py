@@ -1,0 +1,162 @@
+"""`python -m module_fusion plan|verify|bench`: the same reports, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from kernels import use_kernel_mapping
+from support import InMemoryRepository
+from torch import Tensor, nn
+
+from module_fusion.__main__ import main
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A Llama's config without weights."""
+    hf.LlamaConfig(**TEXT, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    folder = tmp_path / "checkpoint"
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_plan_says_what_would_be_fused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "would fuse x2" in said
+    assert "LlamaRMSNorm -> LlamaMLP" in said
+
+
+def test_plan_prints_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--json", "--device", "cpu"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert [group["family"] for group in groups] == ["rms_norm_mlp"] * 2
+
+
+def test_families_are_chosen_by_name(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", config, "--json", "--device", "cpu", "--families", "patch_embeddings"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] == []
+
+
+@pytest.mark.parametrize("more", [[], ["--generate", "3"], ["--gradients"]])
+def test_a_checkpoint_is_verified(
+    checkpoint: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", checkpoint, "--json", "--device", "cpu", *more]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["passed"] is True
+    assert [group["kernel_calls"] > 0 for group in said["groups"]] == [True, True]
+
+
+def test_a_vision_config_gets_random_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf.ViTConfig(**VISION, architectures=["ViTModel"]).save_pretrained(tmp_path)
+    assert main(["verify", str(tmp_path), "--json", "--device", "cpu"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert [(group["kernel"], group["kernel_calls"]) for group in groups] == [("PatchEmbed", 1)]
+
+
+class WrongRMSNormMLP(nn.Module):
+    """Adds a thousandth: never certified by `fuse`, so it is put in by a mapping and a family."""
+
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-3
+
+
+def test_verify_exits_with_1_where_a_kernel_is_wrong(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The certificate refuses such a kernel; without it, verify has to find out by itself.
+    from module_fusion.families import certificate
+
+    monkeypatch.setattr(certificate.Certificates, "of", lambda *_: None)
+    with use_kernel_mapping({"RMSNormMLP": {"cpu": InMemoryRepository(WrongRMSNormMLP)}}):
+        assert main(["verify", checkpoint, "--device", "cpu"]) == 1
+    assert "Failed" in capsys.readouterr().out
+
+
+def test_bench_measures_fused_and_unfused(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", config, "--json", "--device", "cpu", "--seconds", "0.1"]
+    assert main([*arguments, "--tokens", "8", "--batch", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows] == ["unfused", "fused"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert rows[1]["kernel_calls"] > 0
+
+
+def test_inputs_come_from_a_file(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"input_ids": torch.arange(6).view(2, 3)}, tmp_path / "inputs.pt")
+    arguments = ["verify", config, "--device", "cpu", "--inputs", str(tmp_path / "inputs.pt")]
+    assert main(arguments) == 0
+    torch.save([1], tmp_path / "inputs.pt")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "save a dict of the model's keyword arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "nowhere"], "There is no file or folder 'nowhere'."),
+        (["plan", "CONFIG", "--families", "rms_norm"], "There is no family 'rms_norm'. Did you"),
+        (["verify", "CONFIG", "--families", "patch_embeddings"], "Nothing is fused in this model"),
+    ],
+)
+def test_what_cannot_be_done_exits_with_2_and_says_why(
+    config: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [config if argument == "CONFIG" else argument for argument in arguments]
+    assert main([*filled, "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_it_is_a_command(config: str) -> None:
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        [sys.executable, "-m", "module_fusion", "plan", config, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "would fuse x2" in run.stdout
