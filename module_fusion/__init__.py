@@ -2,7 +2,8 @@
 
 `fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
 submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
-says which path ran and why; `benchmark` times it against the unfused model; `from_pretrained` loads with transformers, then fuses.
+says which path ran and why; `benchmark` times it against the unfused model;
+`from_pretrained` loads with transformers, then fuses.
 """
 
 from .benchmark import benchmark

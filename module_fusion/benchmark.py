@@ -51,8 +51,9 @@ def benchmark(
     about the distribution, only that rounds are alike. When to stop depends on their width
     alone, not on where they lie.
 
-    Every call starts from a fresh copy of the inputs and from the same random state; copying,
-    swapping, compiling and warming up are outside the clock. `forward` alone runs without
+    Every call has a fresh copy of the inputs, and every sample starts from the same random state
+    and buffers; copying, swapping, compiling and warming up are outside the clock. A sample is one
+    call, or several where a call is quicker than a clock can tell. `forward` alone runs without
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
 
     The model is left as it was: classes, buffers, gradients, random state, and the counts in

@@ -61,6 +61,7 @@ class Progress:
                 self._bar = self._make(
                     total=1.0, file=sys.stderr, leave=False, bar_format=_FORMAT, desc=what
                 )
+                self._bar.start_t -= now - self._start
             self._bar.n = min(fraction, 1.0)
             self._bar.set_description_str(what)
             self._shown = now

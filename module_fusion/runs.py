@@ -153,15 +153,22 @@ class Run:
             yield f"the members ran in {len(without)} of {len(self.counts)} groups: {reasons}"
 
     def _about_graphs(self) -> Iterator[str]:
-        known = [
-            chain.why_not_compiled() if chain.armed else chain.why_not_running()
-            for chain in self.chains
-        ]
+        known = [self._why_not_in_graph(chain) for chain in self.chains]
         reasons = [reason for reason in known if reason]
         if reasons:
             among = f"in {len(reasons)} of {len(known)} groups "
             where = among if len(reasons) < len(known) else ""
             yield f"the kernel is {where}not in the graph: {_joined(reasons)}"
+
+    def _why_not_in_graph(self, chain: Chain) -> str | None:
+        if not chain.armed or chain.seat is None:
+            return chain.why_not_running()
+        can = chain.seat.__dict__["_capabilities"]
+        if not can["can_torch_compile"]:
+            return "the kernel does not support torch.compile"
+        if self.workload.backward and not can["has_backward"]:
+            return "the kernel has no backward"
+        return chain.why_not_compiled()
 
 
 @contextmanager

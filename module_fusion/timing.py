@@ -72,17 +72,18 @@ class Stopwatch:
         if len(self.cuda) != 1 or len(self.devices) != 1 or host_s is None:
             call(given)
             return None
-        with torch.cuda.device(self.cuda[0]):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cuda: Any = torch.cuda
+        with cuda.device(self.cuda[0]):
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
             self.synchronize()
             hold = min(2 * host_s, _LONGEST_HOLD_S)
-            torch.cuda._sleep(int(hold * _CYCLES_PER_SECOND))
+            cuda._sleep(int(hold * _CYCLES_PER_SECOND))
             start.record()
             call(given)
             end.record()
             was_ahead = not start.query()
             end.synchronize()
-        return start.elapsed_time(end) / 1e3 if was_ahead else None
+        return float(start.elapsed_time(end)) / 1e3 if was_ahead else None
 
     def peak_memory(self, call: Callable[[Any], Any], given: Any) -> int | None:
         """Bytes one call allocates at most, on top of what is allocated; None without CUDA."""
