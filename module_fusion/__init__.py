@@ -2,13 +2,17 @@
 
 `fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
 submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
-says which path ran and why; `from_pretrained` loads with transformers, then fuses.
+says which path ran and why; `benchmark` times it against the unfused model;
+`from_pretrained` loads with transformers, then fuses.
 """
 
+from .benchmark import benchmark
+from .benchmark_report import BenchmarkReport
 from .errors import (
     AlreadyFusedError,
     DeferredUseError,
     FusionError,
+    MissingPackageError,
     NotFusableError,
     PathNotFoundError,
     SpecMismatchError,
@@ -25,17 +29,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyFusedError",
+    "BenchmarkReport",
     "DeferredUseError",
     "FusedModule",
     "FusionError",
     "FusionFamily",
     "FusionReport",
+    "MissingPackageError",
     "ModuleSpec",
     "NotFusableError",
     "PathNotFoundError",
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "benchmark",
     "from_pretrained",
     "fuse",
     "fuse_modules",

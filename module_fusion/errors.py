@@ -6,10 +6,14 @@ disagree where there are two, and the call that fixes it.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 __all__ = [
     "AlreadyFusedError",
     "DeferredUseError",
     "FusionError",
+    "MissingPackageError",
     "NotFusableError",
     "PathNotFoundError",
     "SpecMismatchError",
@@ -43,3 +47,22 @@ class DeferredUseError(FusionError):
 
 class UnfuseError(FusionError):
     """The class of a fused module was changed by someone else since it was fused."""
+
+
+class MissingPackageError(FusionError, ImportError):
+    """A package that the call needs is not installed; the message says which."""
+
+
+def needed(module: str, what: str, install: str) -> Any:
+    """Import a module that is no dependency, or say what has to be installed for `what`.
+
+    Raises:
+        MissingPackageError: the module cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{what} needs {module.partition('.')[0]}, which cannot be imported ({error}): "
+            f"pip install {install}"
+        ) from error

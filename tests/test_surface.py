@@ -14,17 +14,20 @@ import module_fusion
 
 NAMES = [
     "AlreadyFusedError",
+    "BenchmarkReport",
     "DeferredUseError",
     "FusedModule",
     "FusionError",
     "FusionFamily",
     "FusionReport",
+    "MissingPackageError",
     "ModuleSpec",
     "NotFusableError",
     "PathNotFoundError",
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "benchmark",
     "from_pretrained",
     "fuse",
     "fuse_modules",
@@ -34,6 +37,13 @@ NAMES = [
     "unfuse_modules",
 ]
 SIGNATURES = {
+    "benchmark": (
+        "(model: 'nn.Module', *args: 'Any', method: 'str' = 'forward', "
+        "backward: 'bool' = False, compare: 'str | Sequence[str]' = (), "
+        "compile_options: 'Mapping[str, Any] | None' = None, seconds: 'float' = 5.0, "
+        "precision: 'float' = 0.02, confidence: 'float' = 0.95, "
+        "progress: 'bool | None' = None, **kwargs: 'Any') -> 'BenchmarkReport'"
+    ),
     "from_pretrained": (
         "(cls: 'Any', name: 'str | os.PathLike[str]', *, "
         "fusion_config: 'bool | Mapping[str, Any] | None' = None, **kwargs: 'Any') -> 'Any'"
@@ -61,6 +71,15 @@ SIGNATURES = {
     "ModuleSpec": "(inputs: 'Sequence[str]', outputs: 'Sequence[str]' = ('_',)) -> 'None'",
     "FusionReport": "(groups: 'Sequence[GroupReport]' = <factory>) -> None",
 }
+
+
+PUBLIC_CLASSES = [
+    "BenchmarkReport",
+    "FusedModule",
+    "FusionReport",
+    "ModuleSpec",
+    "RegistryCollector",
+]
 
 
 def in_a_fresh_process(code: str) -> Any:
@@ -108,7 +127,7 @@ def test_every_public_name_has_a_docstring_of_its_own(name: str) -> None:
     assert first.strip().endswith(".")
 
 
-@pytest.mark.parametrize("name", ["FusionReport", "ModuleSpec", "FusedModule", "RegistryCollector"])
+@pytest.mark.parametrize("name", PUBLIC_CLASSES)
 def test_every_public_attribute_of_a_class_has_a_docstring(name: str) -> None:
     cls = getattr(module_fusion, name)
     # Methods of nn.Module that a class overrides are documented there.
@@ -130,6 +149,7 @@ def test_the_signature_is_frozen(name: str) -> None:
 def test_every_public_function_has_its_signature_frozen() -> None:
     functions = {name for name in NAMES if inspect.isfunction(getattr(module_fusion, name))}
     assert functions == {
+        "benchmark",
         "from_pretrained",
         "fuse",
         "fuse_modules",
@@ -159,7 +179,17 @@ def test_importing_costs_little_more_than_importing_torch_and_kernels() -> None:
 
 def test_importing_brings_in_nothing_heavy_that_torch_and_kernels_do_not() -> None:
     extra = modules_imported("import module_fusion") - modules_imported("import torch, kernels")
-    heavy = ("transformers", "torch._dynamo", "torch._inductor", "triton", "numpy", "IPython")
+    heavy = (
+        "transformers",
+        "torch._dynamo",
+        "torch._inductor",
+        "triton",
+        "numpy",
+        "IPython",
+        "matplotlib",
+        "tqdm",
+        "liger_kernel",
+    )
     assert {name for name in extra if name.startswith(heavy)} == set()
     # Apart from itself it needs the standard library alone.
     packages = {name.partition(".")[0] for name in extra}

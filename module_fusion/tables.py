@@ -1,0 +1,32 @@
+"""Tables as aligned text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Row = Sequence[str]
+
+
+def text_table(header: Row, rows: Sequence[Row]) -> str:
+    """Columns aligned to the left, a line under the header, no trailing spaces."""
+    widths = _widths(header, rows)
+    lines = [_aligned(row, widths, "  ").rstrip() for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def markdown_table(header: Row, rows: Sequence[Row]) -> str:
+    """The same cells, with what Markdown would read as the end of a cell escaped."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = _widths(cells[0], cells[1:])
+    lines = [f"| {_aligned(row, widths, ' | ')} |" for row in cells]
+    lines.insert(1, f"| {' | '.join('-' * max(width, 3) for width in widths)} |")
+    return "\n".join(lines)
+
+
+def _widths(header: Row, rows: Sequence[Row]) -> list[int]:
+    return [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+
+def _aligned(row: Row, widths: Sequence[int], between: str) -> str:
+    return between.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

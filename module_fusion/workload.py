@@ -1,0 +1,141 @@
+"""The call that `benchmark` times: what is called, on what, and how many tokens it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import FusionError
+
+
+class Inputs(NamedTuple):
+    """Arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Workload:
+    """One call of a model's method, with its backward or without.
+
+    Raises:
+        FusionError: the model has no such method, or cannot run its backward here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        backward: bool,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        if not callable(getattr(model, method, None)):
+            raise FusionError(
+                f"{type(model).__name__} has no method {method!r}: method is 'forward' or the "
+                f"name of another, such as 'generate'."
+            )
+        if backward:
+            _check_backward(model)
+        self.method = method
+        self.backward = backward
+        self.inputs = Inputs(args, dict(kwargs))
+        self.tensors = [leaf for leaf in _leaves(self.inputs) if isinstance(leaf, Tensor)]
+        self._encoder_decoder = bool(
+            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        )
+
+    def fresh(self) -> Inputs:
+        """A copy of the inputs that a call may change; modules in them stay the same."""
+        memo: dict[int, Any] = {}
+        for leaf in _leaves(self.inputs):
+            if isinstance(leaf, nn.Module):
+                memo[id(leaf)] = leaf
+            elif isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone().requires_grad_()
+        try:
+            return copy.deepcopy(self.inputs, memo)
+        except Exception as error:
+            raise FusionError(
+                f"An input cannot be copied, which every call needs: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def bound_to(self, module: nn.Module) -> Callable[[Inputs], Any]:
+        """The call, on a module in the classes it has now."""
+        target = module if self.method == "forward" else getattr(module, self.method)
+        if not self.backward:
+            return lambda inputs: target(*inputs.args, **inputs.kwargs)
+
+        def forward_and_backward(inputs: Inputs) -> Any:
+            output = target(*inputs.args, **inputs.kwargs)
+            _loss(output).backward()  # type: ignore[no-untyped-call]
+            return output
+
+        return forward_and_backward
+
+    def tokens(self, output: Any) -> int | None:
+        """Tokens that one call reads, or that `generate` writes, padding counted too."""
+        prompt = self._token_ids()
+        if self.method != "generate":
+            return None if prompt is None else prompt.numel()
+        written = getattr(output, "sequences", output)
+        if not _is_token_ids(written):
+            return None
+        rows, length = written.shape
+        if self._encoder_decoder:
+            return int(rows * (length - 1))
+        if "inputs_embeds" in self.inputs.kwargs:
+            return int(rows * length)
+        return None if prompt is None else int(rows * (length - prompt.shape[1]))
+
+    def _token_ids(self) -> Tensor | None:
+        args, kwargs = self.inputs
+        named = kwargs.get("input_ids", kwargs.get("inputs"))
+        found = named if named is not None else args[0] if args else None
+        return found if _is_token_ids(found) else None
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 2
+        and value.dtype in (torch.int32, torch.int64)
+        and math.prod(value.shape) > 0
+    )
+
+
+def _loss(output: Any) -> Tensor:
+    """The output's loss, or the sum of its floating tensors."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss.sum()
+    found = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    if not found:
+        raise FusionError(
+            "backward=True, but no output needs a gradient: no parameter and no input does, or "
+            "the method runs without gradients, as generate does."
+        )
+    return sum(tensor.sum() for tensor in found)  # type: ignore[return-value]
+
+
+def _check_backward(model: nn.Module) -> None:
+    if torch.is_inference_mode_enabled():
+        raise FusionError("backward=True cannot run in torch.inference_mode: leave it first.")
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise FusionError(
+                f"{name!r} has a hook that runs once its gradient is there, and may step an "
+                f"optimizer, so backward=True could train the model: remove the hook, or leave "
+                f"backward out."
+            )
