@@ -16,7 +16,7 @@ class GroupReport(NamedTuple):
     """One chain, or one place that was skipped.
 
     Attributes:
-        action: `"fused"`, `"already fused"`, `"unfused"` or `"skipped"`.
+        action: `"fused"`, `"already fused"`, `"unfused"`, `"skipped"`, or `"would fuse"` in a dry run.
         paths: where the members are, in order.
         roles: the names by which a kernel reaches them.
         classes: their original classes.
@@ -60,6 +60,11 @@ class FusionReport:
     def fused(self) -> list[GroupReport]:
         """The groups that are fused after the call."""
         return [group for group in self.groups if group.action in ("fused", "already fused")]
+
+    @property
+    def would_fuse(self) -> list[GroupReport]:
+        """The groups that the call would fuse, had it not been a dry run."""
+        return [group for group in self.groups if group.action == "would fuse"]
 
     @property
     def skipped(self) -> list[GroupReport]:
