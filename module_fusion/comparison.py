@@ -64,7 +64,7 @@ def random_state() -> Callable[[], None]:
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
     ]
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if "numpy" in sys.modules:
         numpy: Any = sys.modules["numpy"]

@@ -16,7 +16,8 @@ class GroupReport(NamedTuple):
     """One chain, or one place that was skipped.
 
     Attributes:
-        action: `"fused"`, `"already fused"`, `"unfused"`, `"skipped"`, or `"would fuse"` in a dry run.
+        action: `"fused"`, `"already fused"`, `"unfused"` or `"skipped"`; `"would fuse"` in a dry
+            run.
         paths: where the members are, in order.
         roles: the names by which a kernel reaches them.
         classes: their original classes.

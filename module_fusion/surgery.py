@@ -159,8 +159,9 @@ def forget_prepared(jobs: Sequence[Job]) -> None:
     """Have the kernels forget the members, and copies of them, that they looked at."""
     seats = [job.chain.seat for job in jobs]
     for prepare in {getattr(seat.kernel, "prepare", None) for seat in seats if seat is not None}:
-        if hasattr(prepare, "cache_clear"):
-            prepare.cache_clear()
+        forget = getattr(prepare, "cache_clear", None)
+        if forget is not None:
+            forget()
 
 
 def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:
