@@ -69,11 +69,12 @@ class _Drawing:
         self.top = 1 + _HEAD + _ROW * len(self.above)
         self.bottom = self.top + _BOX + _ROW * (max([1, *map(len, self.between)]) - 1)
         self.floor = self.bottom + _PAD
+        self.extent = 0.0
 
     def markup(self) -> Markup:
-        width = self.right + 28
-        height = self.floor + 2 + (_ROW * len(self.below) + 6 if self.below else 0)
         shapes = "".join([*self._frame(), *self._members(), *self._wires()])
+        width = max(self.right + 28, self.extent)
+        height = self.floor + 2 + (_ROW * len(self.below) + 6 if self.below else 0)
         title = f"{' -> '.join(self.group.roles)}: {self.kernel}, {self.ran}"
         return Markup(
             f'<svg class="mf-chain mf-{self.state}" role="img" width="{width:g}" '
@@ -119,7 +120,7 @@ class _Drawing:
         if self.entry:
             yield _wire(f"M0 {middle:g}H{first.left:g}", "", "0")
             yield _right(first.left, middle)
-            yield _text(self.entry.name, 2, middle - 6, _SMALL, "mf-label")
+            yield self._label(self.entry.name, 2, middle - 6)
         for member, wires in enumerate(self.between):
             yield from self._straight(member, wires)
         yield from self._over()
@@ -136,7 +137,7 @@ class _Drawing:
             yield _right(end, y)
             if self.names_wires:
                 x = (start + end - 6 - len(wire.name) * _SMALL) / 2
-                yield _text(wire.name, x, y - 5, _SMALL, "mf-label")
+                yield self._label(wire.name, x, y - 5)
 
     def _over(self) -> Iterator[str]:
         """The wires over the heads of members in between, each at a height of its own."""
@@ -152,7 +153,7 @@ class _Drawing:
             path = f"M{x:g} {self.top:g}V{y:g}H{end:g}V{self.top:g}"
             yield _wire(path, str(source), str(wire.member))
             yield f'<path class="mf-head" d="M{end:g} {self.top:g}l-3.5 -6h7z"/>'
-            yield _text(wire.name, x + 6, y - 4, _SMALL, "mf-label")
+            yield self._label(wire.name, x + 6, y - 4)
 
     def _from_below(self) -> Iterator[str]:
         """Inputs besides the first: the leftmost goes down furthest, so no label is crossed."""
@@ -164,7 +165,11 @@ class _Drawing:
             optional = " mf-optional" if input_.optional else ""
             yield _wire(f"M{x:g} {y:g}V{self.bottom:g}", "", str(input_.member), optional)
             yield f'<path class="mf-head" d="M{x:g} {self.bottom:g}l-3.5 6h7z"/>'
-            yield _text(input_.name, x + 6, y, _SMALL, "mf-label")
+            yield self._label(input_.name, x + 6, y)
+
+    def _label(self, name: str, x: float, y: float) -> str:
+        self.extent = max(self.extent, x + len(name) * _SMALL + 2)
+        return _text(name, x, y, _SMALL, "mf-label")
 
 
 def _bundled(inputs: list[Feed]) -> Iterator[Feed]:
