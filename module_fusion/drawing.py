@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from .html import Markup, html
+from .html import Markup, arrows, html
 
 if TYPE_CHECKING:
     from .report import Feed, GroupReport
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # In pixels: the width of a character in both sizes of text, and distances.
 _BOLD, _SMALL = 7.8, 6.6
 _BOX, _ROW, _GAP, _PAD, _HEAD = 44, 18, 34, 14, 30
+
+# A wider drawing scrolls in its place, and leaves the table around it as it is.
+_WIDTH = 620
 
 
 class _Box(NamedTuple):
@@ -31,7 +34,7 @@ def chain_drawing(group: GroupReport) -> Markup:
         group: the chain, with its `wires`.
 
     Returns:
-        An `<svg>` element that the style of `page_fragment` colours.
+        An `<svg>` element in a `<div>`; the style of `page_fragment` colours it.
     """
     return _Drawing(group).markup()
 
@@ -75,11 +78,13 @@ class _Drawing:
         shapes = "".join([*self._frame(), *self._members(), *self._wires()])
         width = max(self.right + 28, self.extent)
         height = self.floor + 2 + (_ROW * len(self.below) + 6 if self.below else 0)
-        title = f"{' -> '.join(self.group.roles)}: {self.kernel}, {self.ran}"
+        title = f"{arrows(' -> '.join(self.group.roles))}: {self.kernel}, {self.ran}"
         return Markup(
+            f'<div class="mf-scroll" style="min-width: {min(width, _WIDTH):g}px">'
             f'<svg class="mf-chain mf-{self.state}" role="img" width="{width:g}" '
             f'height="{height:g}" viewBox="0 0 {width:g} {height:g}">'
-            f"<title>{html(title)}</title><desc>{html(_in_words(self.group))}</desc>{shapes}</svg>"
+            f"<title>{html(title)}</title><desc>{html(_in_words(self.group))}</desc>{shapes}"
+            f"</svg></div>"
         )
 
     def _width(self, member: int) -> float:

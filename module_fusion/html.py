@@ -12,7 +12,7 @@ from html import escape
 from .style import STYLE
 
 # A longer text may be broken into lines.
-_LONG = 48
+_LONG = 32
 
 
 class Markup(str):
@@ -73,6 +73,11 @@ def badge(text: str, kind: str) -> Markup:
 def code(text: str) -> Markup:
     """A path or a name."""
     return Markup(f"<code>{unbroken(text)}</code>")
+
+
+def arrows(text: str) -> str:
+    """The text with real arrows, which no line break takes apart."""
+    return text.replace("->", "\N{RIGHTWARDS ARROW}")
 
 
 def muted(text: str) -> Markup:

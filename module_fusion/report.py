@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .drawing import chain_drawing
-from .html import Markup, badge, code, lines, muted, page_fragment, table, unbroken
+from .html import Markup, arrows, badge, code, lines, muted, page_fragment, table, unbroken
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
@@ -111,7 +111,8 @@ class FusionReport:
         rows: list[Sequence[str] | Markup] = []
         for fold in _folded(self.groups):
             classes, kernel, calls, note = _cells(fold)
-            where = lines(*map(code, filter(None, _modules(fold))), muted(classes))
+            place, members = map(arrows, _modules(fold))
+            where = lines(place and code(place), code(members), muted(arrows(classes)))
             action = badge(_action(fold), fold[0].action)
             rows.append((action, where, unbroken(kernel), unbroken(calls), note))
             if fold[0].wires:

@@ -23,21 +23,22 @@ body[data-jp-theme-light="false"] .mf-report, .vscode-dark .mf-report,
 .mf-report .mf-title { margin: 0 0 6px; font-weight: 600; color: inherit; }
 .mf-report .mf-muted { color: var(--mf-muted); }
 .mf-report code { font: 12px/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  color: inherit; background: none; border: 0; padding: 0; overflow-wrap: break-word; }
+  color: inherit; background: none; border: 0; padding: 0; }
 .mf-report table.mf-table { display: table; width: auto; margin: 0; border: 0; font: inherit;
   border-collapse: collapse; color: inherit; background: none; }
 .mf-report table.mf-table caption { text-align: left; padding: 4px 0; color: var(--mf-muted); }
 .mf-report table.mf-table tr { background: none; border: 0; }
 .mf-report table.mf-table :is(td, th) { max-width: 440px; padding: 6px 20px 6px 0; border: 0;
   text-align: left; vertical-align: top; font-size: inherit; color: inherit; background: none;
-  font-variant-numeric: tabular-nums; overflow-wrap: break-word; white-space: normal; }
-.mf-report table.mf-table tr.mf-row > td:last-child { overflow-wrap: anywhere; min-width: 150px; }
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: normal; }
+.mf-report table.mf-table tr.mf-row > td:last-child { min-width: 150px; }
 .mf-report table.mf-table th { font-weight: 500; color: var(--mf-muted); padding-top: 0; }
 .mf-report table.mf-table tr.mf-row > td { border-top: 1px solid var(--mf-line); }
 .mf-report table.mf-table tr > td.mf-wide { max-width: none; padding: 2px 0 14px; }
 .mf-report :is(.mf-badge, .mf-unbroken) { white-space: nowrap; }
 .mf-report .mf-badge { font-weight: 600; }
 .mf-report :is(.mf-badge-skipped, .mf-badge-unfused) { color: var(--mf-muted); }
+.mf-report .mf-scroll { contain: inline-size; overflow-x: auto; }
 .mf-report svg.mf-chain { display: block; max-width: none; }
 .mf-report .mf-chain text { fill: var(--mf-muted);
   font: 11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }

@@ -23,6 +23,7 @@ from module_fusion.report import Feed, GroupReport
 SCRIPT = Path(__file__).parent.parent / "scripts" / "screenshots.py"
 TEXT = "<script>alert('&')</script>"
 TIMES = "\N{MULTIPLICATION SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
 STRAIGHT = (Feed(None, 0, "x"), Feed(0, 1, "x"))
 
 
@@ -123,7 +124,7 @@ def test_without_style_and_drawing_it_is_a_table_with_the_words_of_the_text() ->
     assert read.texts["p"] == "3 fused"
     assert read.rows == [
         ["", "modules", "kernel", "calls", "note"],
-        ["fused x3", "layers.[0-2]:\nnorm -> mlp\nNorm -> Mlp", "Fast", "kernel 0", ""],
+        ["fused x3", f"layers.[0-2]:\nnorm {ARROW} mlp\nNorm {ARROW} Mlp", "Fast", "kernel 0", ""],
         ["", ""],
     ]
 
@@ -167,7 +168,7 @@ def test_module_names_with_markup_are_escaped_end_to_end() -> None:
     model = nn.ModuleDict({"<b>": nn.ModuleDict({"norm": Norm(), "mlp": Mlp()})})
     markup = fuse_modules(model, ["<b>.norm", "<b>.mlp"])._repr_html_()
     assert "<b>" not in markup
-    assert Table(markup).rows[1][1] == "<b>:\nnorm -> mlp\nNorm -> Mlp"
+    assert Table(markup).rows[1][1] == f"<b>:\nnorm {ARROW} mlp\nNorm {ARROW} Mlp"
 
 
 def test_a_table_escapes_texts_and_takes_html_as_it_is() -> None:
@@ -213,7 +214,7 @@ def test_a_drawing_says_in_words_what_it_shows() -> None:
     wires = (*STRAIGHT, Feed(None, 1, "residual"), Feed(None, 1, "scale", optional=True))
     drawing = chain_drawing(group(kernel="K", wires=wires, reason="mlp has a hook"))
     assert 'role="img"' in drawing
-    assert "<title>norm -&gt; mlp: K, members will run</title>" in drawing
+    assert f"<title>norm {ARROW} mlp: K, members will run</title>" in drawing
     assert (
         "<desc>Members: norm (Qwen3NORM), mlp (Qwen3MLP). Wires: x of norm from outside; x of mlp "
         "from norm; residual of mlp from outside; scale of mlp from outside, optional. mlp has a "
@@ -265,14 +266,18 @@ function texts() {
     if (!node.data.trim() || e.closest("style, script, title, desc")) continue;
     const range = document.createRange(); range.selectNodeContents(node);
     const box = range.getClientRects()[0], style = getComputedStyle(e);
-    found.push({text: node.data, colour: rgb(e.tagName == "text" ? style.fill : style.color),
+    found.push({text: node.data, drawn: e.tagName == "text",
+      seen: box.left >= 0 && box.right <= document.documentElement.clientWidth,
+      colour: rgb(e.tagName == "text" ? style.fill : style.color),
       under: under((box.left + box.right) / 2, (box.top + box.bottom) / 2)}); }
   return found; }
 function chain(svg) {
   const all = name => [...svg.querySelectorAll(name)];
   const at = (path, length) => { const p = path.getPointAtLength(length).matrixTransform(
     path.getScreenCTM()); return [p.x, p.y]; };
-  return {svg: edges(svg), frame: edges(all(".mf-frame")[0]), boxes: all(".mf-box").map(edges),
+  const place = svg.parentElement;
+  return {svg: edges(svg), scrolls: place.scrollWidth > place.clientWidth,
+    frame: edges(all(".mf-frame")[0]), boxes: all(".mf-box").map(edges),
     roles: all(".mf-role, .mf-class").map(edges),
     labels: all(".mf-label, .mf-kernel-name, .mf-state").map(edges),
     wires: all(".mf-wire").map(w => ({from: w.dataset.from, to: w.dataset.to,
@@ -371,6 +376,14 @@ def test_nothing_is_wider_than_the_page(seen: Any) -> None:
         assert left >= 0
         assert right <= seen["width"]
     assert all(content <= width for content, width in seen["cells"])
+
+
+@needs_browser
+def test_only_a_drawing_of_many_members_scrolls_and_it_leaves_room_for_the_notes(seen: Any) -> None:
+    drawn = [chain for chain in CHAINS if chain.wires]
+    for group_, chain in zip(drawn, seen["chains"], strict=True):
+        assert chain["scrolls"] == (len(group_.roles) == 10)
+    assert {text["seen"] for text in seen["texts"] if not text["drawn"]} == {True}
 
 
 @needs_browser
