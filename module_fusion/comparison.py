@@ -48,7 +48,7 @@ def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
         A function that puts them back at once, for a second run from the same start.
     """
     with ExitStack() as stack:
-        steps = [_random_state(), *_buffers(model), _gradients(model)]
+        steps = [random_state(), *_buffers(model), _gradients(model)]
 
         def put_back() -> None:
             for step in steps:
@@ -58,12 +58,13 @@ def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield put_back
 
 
-def _random_state() -> Callable[[], None]:
+def random_state() -> Callable[[], None]:
+    """A function that puts the random state of now back."""
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
     ]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if "numpy" in sys.modules:
         numpy: Any = sys.modules["numpy"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import Parameter
 
 from torch import nn
 
 from .chain import Chain
 from .modules import KEY, ModuleState, original_class, state_of
-from .report import GroupReport
+from .report import Feed, GroupReport
+from .spec import External, Plan, Wire
 
 
 @dataclass
@@ -118,4 +120,17 @@ def row_of(found: Found, action: str) -> GroupReport:
         or (chain.why_not_compiled() if chain.armed else chain.why_not_running()),
         family=chain.family,
         accuracy=chain.accuracy,
+        wires=tuple(_wires_of(chain.plan)),
     )
+
+
+def _wires_of(plan: Plan) -> Iterator[Feed]:
+    inputs = list(plan.signature.parameters.values())
+    for index, member in enumerate(plan.members):
+        for name, source in zip(member.parameters, member.sources, strict=True):
+            if isinstance(source, Wire):
+                yield Feed(source.member, index, name)
+            elif isinstance(source, External):
+                parameter = inputs[source.position]
+                is_optional = parameter.default is not Parameter.empty
+                yield Feed(None, index, parameter.name, is_optional)

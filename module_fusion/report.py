@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-import html
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .drawing import chain_drawing
+from .html import Markup, arrows, badge, code, lines, muted, page_fragment, table, unbroken
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
+# A wider table has its notes below.
+_WIDTH = 100
+
+
+class Feed(NamedTuple):
+    """One wire of a chain.
+
+    Attributes:
+        source: the position of the member whose output it carries, None for an input of the
+            chain.
+        member: the position of the member that takes it.
+        name: the parameter it becomes; for an input of the chain, its name there.
+        optional: whether callers may leave it out.
+    """
+
+    source: int | None
+    member: int
+    name: str
+    optional: bool = False
 
 
 class GroupReport(NamedTuple):
     """One chain, or one place that was skipped.
 
     Attributes:
-        action: `"fused"`, `"already fused"`, `"unfused"` or `"skipped"`.
+        action: `"fused"`, `"already fused"`, `"unfused"` or `"skipped"`; `"would fuse"` in a dry
+            run.
         paths: where the members are, in order.
         roles: the names by which a kernel reaches them.
         classes: their original classes.
@@ -28,6 +51,7 @@ class GroupReport(NamedTuple):
         family: the family that found the group, None for one that was named by paths.
         accuracy: the kernel's error against float64 in units of the members', where a family
             had them compared.
+        wires: what feeds each member, empty for a place that was skipped.
     """
 
     action: str
@@ -41,14 +65,15 @@ class GroupReport(NamedTuple):
     reason: str | None = None
     family: str | None = None
     accuracy: float | None = None
+    wires: tuple[Feed, ...] = ()
 
 
 @dataclass(frozen=True)
 class FusionReport:
     """What `fuse_modules`, `unfuse_modules` and `report` return.
 
-    Prints as a table in which repeated blocks are folded into one row; shows as a table in a
-    notebook. `groups` has every chain by itself.
+    Prints as a table in which repeated blocks are folded into one row; in a notebook each row
+    has a drawing of the chain. `groups` has every chain by itself.
     """
 
     groups: Sequence[GroupReport] = field(default_factory=tuple)
@@ -62,34 +87,38 @@ class FusionReport:
         return [group for group in self.groups if group.action in ("fused", "already fused")]
 
     @property
+    def would_fuse(self) -> list[GroupReport]:
+        """The groups that the call would fuse, had it not been a dry run."""
+        return [group for group in self.groups if group.action == "would fuse"]
+
+    @property
     def skipped(self) -> list[GroupReport]:
         """The places that were left alone, each with its reason."""
         return [group for group in self.groups if group.action == "skipped"]
 
     def __str__(self) -> str:
-        rows = [_cells(fold) for fold in _folded(self.groups)]
-        if not rows:
+        folds = list(_folded(self.groups))
+        if not folds:
             return f"{self._summary()}."
-        header = ("", *_HEADER)
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [header, *rows]
+        rows = [
+            (_action(fold), " ".join(filter(None, _modules(fold))), *_cells(fold)) for fold in folds
         ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([f"{self._summary()}:", *lines])
+        return "\n".join([f"{self._summary()}:", *_lines(rows)])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-        body = "".join(row(_cells(fold), "td") for fold in _folded(self.groups))
-        return (
-            f"<table><caption>{html.escape(self._summary())}</caption>"
-            f"<thead>{row(('', *_HEADER), 'th')}</thead><tbody>{body}</tbody></table>"
-        )
+        rows: list[Sequence[str] | Markup] = []
+        for fold in _folded(self.groups):
+            classes, kernel, calls, note = _cells(fold)
+            place, members = map(arrows, _modules(fold))
+            where = lines(place and code(place), code(members), muted(arrows(classes)))
+            action = badge(_action(fold), fold[0].action)
+            rows.append((action, where, unbroken(kernel), unbroken(calls), note))
+            if fold[0].wires:
+                rows.append(chain_drawing(_together(fold)))
+        header = ("", "modules", "kernel", "calls", "note")
+        return page_fragment(self._summary(), [table(header, rows)] if rows else [])
 
     def _summary(self) -> str:
         if not self.groups:
@@ -100,26 +129,83 @@ class FusionReport:
         return ", ".join(f"{n} {action}" for action, n in counts.items())
 
 
+def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The table; where it would be too wide, with numbers for notes and the notes below."""
+    lines = _aligned(rows)
+    notes = list(dict.fromkeys(row[-1] for row in rows if row[-1]))
+    if not notes or max(map(len, lines)) <= _WIDTH:
+        return lines
+    numbers = {note: f"[{number}]" for number, note in enumerate(notes, 1)}
+    lines = _aligned([(*row[:-1], numbers.get(row[-1], "")) for row in rows])
+    for note, number in numbers.items():
+        lines += textwrap.wrap(
+            f"{number} {note}",
+            _WIDTH,
+            subsequent_indent=" " * (len(number) + 1),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    header = ("", *_HEADER)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
 def _folded(groups: Sequence[GroupReport]) -> Iterator[list[GroupReport]]:
     """Groups that differ in block numbers and call counts alone, together."""
     folds: dict[object, list[GroupReport]] = {}
     for group in groups:
         pattern = tuple(_NUMBER.sub("*", path) for path in group.paths)
         key = (group.action, pattern, group.classes, group.kernel, group.path, group.reason)
-        folds.setdefault(key, []).append(group)
+        folds.setdefault((*key, group.roles, group.wires), []).append(group)
     yield from folds.values()
+
+
+def _together(fold: Sequence[GroupReport]) -> GroupReport:
+    """One group for all of them, with the calls of all."""
+    return fold[0]._replace(
+        kernel_calls=sum(group.kernel_calls for group in fold),
+        member_calls=sum(group.member_calls for group in fold),
+    )
+
+
+def _action(fold: Sequence[GroupReport]) -> str:
+    action = fold[0].action
+    return action if len(fold) == 1 else f"{action} x{len(fold)}"
+
+
+def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
+    """Where the members are: what their paths share, and the rest of each."""
+    paths = [path.split(".") for path in _paths(fold)]
+    shared = 0
+    while len(paths) > 1 and all(len(p) > shared + 1 for p in paths):
+        if len({p[shared] for p in paths}) > 1:
+            break
+        shared += 1
+    place = ".".join(paths[0][:shared]) + ":" if shared else ""
+    return place, " -> ".join(".".join(path[shared:]) for path in paths)
+
+
+def _paths(fold: Sequence[GroupReport]) -> list[str]:
+    return [_span([group.paths[i] for group in fold]) for i in range(len(fold[0].paths))]
 
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
     first = fold[0]
-    paths = [_span([group.paths[i] for group in fold]) for i in range(len(first.paths))]
+    notes = (first.reason, _accuracy(fold), *_wiring(first))
     return (
-        first.action if len(fold) == 1 else f"{first.action} x{len(fold)}",
-        " -> ".join(paths),
         " -> ".join(first.classes),
         first.kernel or "-",
-        _calls(fold),
-        "; ".join(note for note in (first.reason, _accuracy(fold)) if note),
+        _calls(_together(fold)),
+        "; ".join(note for note in notes if note),
     )
 
 
@@ -128,13 +214,21 @@ def _accuracy(fold: Sequence[GroupReport]) -> str:
     return f"error {max(known):.2f} x the modules'" if known else ""
 
 
-def _calls(fold: Sequence[GroupReport]) -> str:
-    if fold[0].action == "skipped":
+def _wiring(group: GroupReport) -> Iterator[str]:
+    """The wires that are not from one member straight to the next, in words."""
+    first = next((wire for wire in group.wires if wire.source is None), None)
+    for wire in group.wires:
+        if wire is first or wire.optional or wire.source == wire.member - 1:
+            continue
+        source = "outside" if wire.source is None else group.roles[wire.source]
+        yield f"{group.roles[wire.member]} takes {wire.name} from {source}"
+
+
+def _calls(group: GroupReport) -> str:
+    if group.action == "skipped":
         return ""
-    kernel = sum(group.kernel_calls for group in fold)
-    members = sum(group.member_calls for group in fold)
-    counts = [f"{name} {n}" for name, n in (("kernel", kernel), ("members", members)) if n]
-    return ", ".join(counts) or f"{fold[0].path} 0"
+    counts = (("kernel", group.kernel_calls), ("members", group.member_calls))
+    return ", ".join(f"{name} {n}" for name, n in counts if n) or f"{group.path} 0"
 
 
 def _span(paths: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import torch
 from kernels import Mode, kernelize
 from torch import nn
 
+from .dry_run import try_to
 from .effects import code_read_once
 from .errors import FusionError, NotFusableError, UnfuseError
 from .inventory import Found, chains_in, members_of, row_of, states_of, strays_in
@@ -43,6 +44,7 @@ def fuse_modules(
     mode: Mode | None = None,
     device: str | torch.device | None = None,
     use_fallback: bool = True,
+    dry_run: bool = False,
 ) -> FusionReport:
     """Fuse adjacent submodules in place, in every repeated block.
 
@@ -59,6 +61,9 @@ def fuse_modules(
         mode: a `kernels.Mode`; training or inference, as `model.training` says, when omitted.
         device: device type to look the kernel up for; that of the members when omitted.
         use_fallback: False to raise where no kernel is found, instead of running the members.
+        dry_run: True to report what would be fused, and why the rest would not, and leave the
+            model as it is. It is fused and taken back, with the kernel, because nothing less
+            tells what the call itself would say; no other thread may use the model meanwhile.
 
     Returns:
         What was fused, what was skipped, and why.
@@ -86,8 +91,12 @@ def fuse_modules(
         >>> block.mlp
         Linear(in_features=8, out_features=8, bias=True)
     """
-    result, _ = _fuse(model, modules, specs, kernel, mode, device, use_fallback)
-    return result
+    check_arguments(model, kernel, mode)
+
+    def fuse() -> FusionReport:
+        return _fuse(model, modules, specs, kernel, mode, device, use_fallback)[0]
+
+    return try_to(fuse, model) if dry_run else fuse()
 
 
 def _fuse(
@@ -142,15 +151,17 @@ def apply_jobs(
             step()
         raise
     finally:
-        for prepare in {_prepare_of(job) for job in jobs}:
-            if hasattr(prepare, "cache_clear"):
-                prepare.cache_clear()
+        forget_prepared(jobs)
     return kernels_before
 
 
-def _prepare_of(job: Job) -> Any:
-    seat = job.chain.seat
-    return None if seat is None else getattr(seat.kernel, "prepare", None)
+def forget_prepared(jobs: Sequence[Job]) -> None:
+    """Have the kernels forget the members, and copies of them, that they looked at."""
+    seats = [job.chain.seat for job in jobs]
+    for prepare in {getattr(seat.kernel, "prepare", None) for seat in seats if seat is not None}:
+        forget = getattr(prepare, "cache_clear", None)
+        if forget is not None:
+            forget()
 
 
 def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None) -> FusionReport:
@@ -190,7 +201,7 @@ def fused(
 ) -> Iterator[FusionReport]:
     """Fused inside the `with` block, exactly as before outside, whatever is raised.
 
-    Takes the arguments of `fuse_modules`. Chains that were fused before stay fused.
+    Takes the arguments of `fuse_modules` but `dry_run`. Chains that were fused before stay fused.
 
     Example:
         >>> from torch import nn
@@ -201,6 +212,11 @@ def fused(
         >>> type(model[1]).__name__
         'Linear'
     """
+    if "dry_run" in options:
+        raise FusionError(
+            "fused takes its fusion back anyway, so it has no dry_run. To see what would be fused: "
+            "fuse_modules(model, ..., dry_run=True)."
+        )
     before = chains_in(model) if isinstance(model, nn.Module) else []
     known = {id(found.chain) for found in before}
     result, kernels_before = _fuse(model, modules, specs, **options)

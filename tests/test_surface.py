@@ -50,14 +50,15 @@ SIGNATURES = {
     ),
     "fuse": (
         "(model: 'nn.Module', families: 'bool | Mapping[str, Any]' = True, *, "
-        "mode: 'Mode | None' = None, device: 'str | torch.device | None' = None) -> 'FusionReport'"
+        "mode: 'Mode | None' = None, device: 'str | torch.device | None' = None, "
+        "dry_run: 'bool' = False) -> 'FusionReport'"
     ),
     "register_family": "(family: 'Family') -> 'Family'",
     "fuse_modules": (
         "(model: 'nn.Module', modules: 'Sequence[str] | Mapping[str, str]', "
         "specs: 'Sequence[ModuleSpec] | None' = None, *, kernel: 'str | None' = None, "
         "mode: 'Mode | None' = None, device: 'str | torch.device | None' = None, "
-        "use_fallback: 'bool' = True) -> 'FusionReport'"
+        "use_fallback: 'bool' = True, dry_run: 'bool' = False) -> 'FusionReport'"
     ),
     "fused": (
         "(model: 'nn.Module', modules: 'Sequence[str] | Mapping[str, str]', "

@@ -10,6 +10,7 @@ from kernels import Mode
 from torch import nn
 
 from ..context import has_global_hooks
+from ..dry_run import try_to
 from ..effects import code_read_once, effect_of
 from ..errors import FusionError
 from ..inventory import Found, row_of
@@ -17,7 +18,7 @@ from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
-from ..surgery import apply_jobs, check_arguments, undo_chains
+from ..surgery import apply_jobs, check_arguments, forget_prepared, undo_chains
 from .certificate import Certificates, seeded
 from .family import FusionFamily, chosen_families
 from .layout import Packer
@@ -29,6 +30,7 @@ def fuse(
     *,
     mode: Mode | None = None,
     device: str | torch.device | None = None,
+    dry_run: bool = False,
 ) -> FusionReport:
     """Find what can be fused in a model, and fuse it with the family's kernel.
 
@@ -45,6 +47,10 @@ def fuse(
             `"rms_norm_mlp"` and `"patch_embeddings"`.
         mode: a `kernels.Mode`; training or inference, as `model.training` says, when omitted.
         device: device type to look the kernels up for; that of the members when omitted.
+        dry_run: True to report what would be fused, and why the rest would not, and leave the
+            model as it is. It is fused and taken back, with kernels and packed weights, because
+            nothing less tells what the call itself would say; no other thread may use the model
+            meanwhile.
 
     Returns:
         What was fused, with the kernel's error in units of the members', and what was left.
@@ -66,9 +72,28 @@ def fuse(
         >>> _ = unfuse_modules(model)
     """
     check_arguments(model, None, mode)
+    packer = Packer(model)
+    if not dry_run:
+        return _fuse(model, families, mode, device, packer)
+
+    def fuse_and_unpack() -> FusionReport:
+        try:
+            return _fuse(model, families, mode, device, packer)
+        finally:
+            packer.give_all_back()
+
+    return try_to(fuse_and_unpack, model)
+
+
+def _fuse(
+    model: nn.Module,
+    families: bool | Mapping[str, Any],
+    mode: Mode | None,
+    device: str | torch.device | None,
+    packer: Packer,
+) -> FusionReport:
     rows: list[GroupReport] = []
     fused: list[Found] = []
-    packer = Packer(model)
     restore: list[Callable[[], None]] = []
     chosen = chosen_families(families)
     try:
@@ -142,7 +167,6 @@ def _fuse_family(
 ) -> list[GroupReport]:
     """Fuse the groups of one family; adds what was fused to `fused`."""
     rows: list[GroupReport] = []
-    certificates = Certificates()
     fusable: dict[int, Group] = {}
     with code_read_once():
         for group in groups:
@@ -171,8 +195,8 @@ def _fuse_family(
     restore += apply_jobs(model, empty, family.kernel, mode, device, use_fallback=True)
     fused += [job.found() for job in new]
     done = []
-    for job in jobs:
-        reason = _why_not(job, family, certificates)
+    reasons = _compare(jobs, family)
+    for job, reason in zip(jobs, reasons, strict=True):
         if reason is not None and job in new:
             found = job.found()
             packer.give_back(job.chain)
@@ -222,6 +246,15 @@ def _effect_in(group: Group, roles: Sequence[str]) -> str | None:
             if effect is not None and effect.happens(part):
                 return f"{role}{'.' if name else ''}{name} {effect.what}"
     return None
+
+
+def _compare(jobs: Sequence[Job], family: FusionFamily) -> list[str | None]:
+    """For each job why its group must not stay fused, None if it may."""
+    certificates = Certificates()
+    try:
+        return [_why_not(job, family, certificates) for job in jobs]
+    finally:
+        forget_prepared(jobs)
 
 
 def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str | None:
