@@ -107,7 +107,7 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
     names = getattr(config, "architectures", None) or []
     cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     options = {} if dtype is None else {"dtype": _DTYPES[dtype]}
-    if path.is_dir() and any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if (path.is_dir() and any(path.glob("*.safetensors"))) or any(path.glob("*.bin")):
         loader = cls or transformers.AutoModel
         model: nn.Module = loader.from_pretrained(path, local_files_only=True, **options)
         return model

@@ -12,15 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .benchmark_report import BenchmarkReport
-from .candidates import ON_REQUEST, candidates_of, check_not_compiled
+from .benchmarking.candidates import ON_REQUEST, candidates_of, check_not_compiled
+from .benchmarking.progress import Progress
+from .benchmarking.report import BenchmarkReport
+from .benchmarking.runs import Run, counts_kept
+from .benchmarking.timing import (
+    Stopwatch,
+    device_name,
+    devices_of,
+    median,
+    median_interval,
+    rounds_needed,
+)
+from .benchmarking.workload import Workload
 from .comparison import nothing_left_behind
 from .errors import FusionError
 from .inventory import chains_in
-from .progress import Progress
-from .runs import Run, counts_kept
-from .timing import Stopwatch, device_name, devices_of, median, median_interval, rounds_needed
-from .workload import Workload
 
 # Shorter samples are lost in the clock's own time.
 _SAMPLE_S = 200e-6

@@ -8,8 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .drawing import chain_drawing
-from .html import Markup, arrows, badge, code, lines, muted, page_fragment, table, unbroken
+from .rendering.drawing import chain_drawing
+from .rendering.html import (
+    Markup,
+    arrows,
+    badge,
+    code,
+    lines,
+    muted,
+    page_fragment,
+    table,
+    unbroken,
+)
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _HEADER = ("modules", "classes", "kernel", "calls", "note")

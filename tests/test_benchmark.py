@@ -30,10 +30,10 @@ from module_fusion import (
     report,
     timing,
 )
-from module_fusion.benchmark_report import BenchmarkRow
-from module_fusion.candidates import candidates_of, twin
+from module_fusion.benchmarking.candidates import candidates_of, twin
+from module_fusion.benchmarking.report import BenchmarkRow
+from module_fusion.benchmarking.timing import median_interval, rounds_needed
 from module_fusion.comparison import unfused
-from module_fusion.timing import median_interval, rounds_needed
 
 QUICK = {"seconds": 0.0, "progress": False}
 
@@ -299,7 +299,7 @@ def test_compiling_within_a_round_is_noted(
     fused_model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     frames = iter(range(1000))
-    monkeypatch.setattr("module_fusion.runs.frames_compiled", lambda: next(frames))
+    monkeypatch.setattr("module_fusion.benchmarking.runs.frames_compiled", lambda: next(frames))
     found = benchmark(fused_model, x, **QUICK)
     assert found["fused"].note == "torch.compile ran in 6 of the 6 samples"
 

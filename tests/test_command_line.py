@@ -108,9 +108,7 @@ def test_verify_exits_with_1_where_a_kernel_is_wrong(
     assert "Failed" in capsys.readouterr().out
 
 
-def test_bench_measures_fused_and_unfused(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_measures_fused_and_unfused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", config, "--json", "--device", "cpu", "--seconds", "0.1"]
     assert main([*arguments, "--tokens", "8", "--batch", "2"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

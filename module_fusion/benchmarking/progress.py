@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import MissingPackageError, needed
+from ..errors import MissingPackageError, needed
 
 DELAY_S = 1.0
 _BETWEEN_S = 0.1

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import needed
-from .tables import markdown_table, text_table
+from ..errors import needed
+from ..rendering.tables import markdown_table, text_table
 
 _REFERENCE = "reference"
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (0.0, "ns"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import FusionError
+from ..errors import FusionError
 
 
 class Inputs(NamedTuple):

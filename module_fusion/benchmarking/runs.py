@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .benchmark_report import BenchmarkRow
+from ..chain import Chain
+from ..errors import FusionError
+from ..inventory import chains_in, states_of
 from .candidates import ON_REQUEST, Candidate
-from .chain import Chain
-from .errors import FusionError
-from .inventory import chains_in, states_of
+from .report import BenchmarkRow
 from .timing import Sample, Stopwatch, frames_compiled, median, median_interval
 from .workload import Inputs, Workload
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .comparison import unfused
-from .errors import FusionError, NotFusableError, needed
-from .inventory import modules_in
-from .modules import KEY
+from ..comparison import unfused
+from ..errors import FusionError, NotFusableError, needed
+from ..inventory import modules_in
+from ..modules import KEY
 
 UNFUSED, FUSED = "unfused", "fused"
 UNFUSED_COMPILED, FUSED_COMPILED, LIGER = "unfused compiled", "fused compiled", "liger"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .html import Markup, arrows, html
 
 if TYPE_CHECKING:
-    from .report import Feed, GroupReport
+    from ..report import Feed, GroupReport
 
 # In pixels: the width of a character in both sizes of text, and distances.
 _BOLD, _SMALL = 7.8, 6.6

@@ -1,0 +1,1 @@
+"""What `benchmark` is made of: candidates, a stopwatch, statistics, the report."""
