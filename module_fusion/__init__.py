@@ -2,7 +2,8 @@
 
 `fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
 submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
-says which path ran and why; `from_pretrained` loads with transformers, then fuses.
+says which path ran and why; `verify` compares with the unfused model on your own inputs;
+`from_pretrained` loads with transformers, then fuses.
 """
 
 from .errors import (
@@ -20,6 +21,8 @@ from .modules import FusedModule, RegistryCollector
 from .report import FusionReport
 from .spec import ModuleSpec
 from .surgery import fuse_modules, fused, report, unfuse_modules
+from .verification import VerificationReport
+from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,7 @@ __all__ = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "VerificationReport",
     "from_pretrained",
     "fuse",
     "fuse_modules",
@@ -43,4 +47,5 @@ __all__ = [
     "register_family",
     "report",
     "unfuse_modules",
+    "verify",
 ]

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .chain import Chain
 from .modules import KEY, original_class
 from .seat import run_members
+from .structures import leaves, map_tensors
 
 LIMIT = 1.1
 # Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
@@ -40,21 +41,22 @@ def run_on_copies(
     function: Callable[..., Any],
     members: Sequence[nn.Module],
     roles: Sequence[str],
-    inputs: list[Tensor],
+    inputs: Sequence[Any],
 ) -> Run:
     """The output on copies of the inputs, and what it may have gradients of."""
-    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    inputs = map_tensors(lambda x: x.clone().requires_grad_(x.is_floating_point()), list(inputs))
     return function(*inputs), _leaves(members, roles, inputs)
 
 
 def _leaves(
-    members: Sequence[nn.Module], roles: Sequence[str], inputs: list[Tensor]
+    members: Sequence[nn.Module], roles: Sequence[str], inputs: Sequence[Any]
 ) -> dict[str, Tensor]:
-    leaves = {f"input {number}": x for number, x in enumerate(inputs) if x.requires_grad}
+    given = [leaf for leaf in leaves(inputs) if isinstance(leaf.value, Tensor)]
+    found = {f"input {leaf.path}": leaf.value for leaf in given if leaf.value.requires_grad}
     for role, member in zip(roles, members, strict=True):
         named = member.named_parameters()
-        leaves.update({f"{role}.{name}": p for name, p in named if p.requires_grad})
-    return leaves
+        found.update({f"{role}.{name}": p for name, p in named if p.requires_grad})
+    return found
 
 
 def seat_on(chain: Chain, members: Sequence[nn.Module]) -> nn.Module:

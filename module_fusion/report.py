@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+from .folding import aligned, pattern_of, span
+
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
 
 
@@ -71,13 +71,7 @@ class FusionReport:
         if not rows:
             return f"{self._summary()}."
         header = ("", *_HEADER)
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [header, *rows]
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([f"{self._summary()}:", *lines])
+        return "\n".join([f"{self._summary()}:", *aligned(header, rows)])
 
     __repr__ = __str__
 
@@ -104,7 +98,7 @@ def _folded(groups: Sequence[GroupReport]) -> Iterator[list[GroupReport]]:
     """Groups that differ in block numbers and call counts alone, together."""
     folds: dict[object, list[GroupReport]] = {}
     for group in groups:
-        pattern = tuple(_NUMBER.sub("*", path) for path in group.paths)
+        pattern = pattern_of(group.paths)
         key = (group.action, pattern, group.classes, group.kernel, group.path, group.reason)
         folds.setdefault(key, []).append(group)
     yield from folds.values()
@@ -112,7 +106,7 @@ def _folded(groups: Sequence[GroupReport]) -> Iterator[list[GroupReport]]:
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
     first = fold[0]
-    paths = [_span([group.paths[i] for group in fold]) for i in range(len(first.paths))]
+    paths = [span([group.paths[i] for group in fold]) for i in range(len(first.paths))]
     return (
         first.action if len(fold) == 1 else f"{first.action} x{len(fold)}",
         " -> ".join(paths),
@@ -135,21 +129,3 @@ def _calls(fold: Sequence[GroupReport]) -> str:
     members = sum(group.member_calls for group in fold)
     counts = [f"{name} {n}" for name, n in (("kernel", kernel), ("members", members)) if n]
     return ", ".join(counts) or f"{fold[0].path} 0"
-
-
-def _span(paths: Sequence[str]) -> str:
-    """One path for many: `layers.[0-3,7].mlp` for blocks 0 to 3 and 7."""
-    if len(paths) == 1:
-        return paths[0]
-    columns = list(zip(*(path.split(".") for path in paths), strict=True))
-    return ".".join(c[0] if len(set(c)) == 1 else f"[{_ranges(c)}]" for c in columns)
-
-
-def _ranges(texts: Sequence[str]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted({int(text) for text in texts}):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
