@@ -29,14 +29,16 @@ from .exact import (
 from .structures import leaves, map_tensors
 from .watching import Call, equal
 
-_DRAWS = 4
+_DRAWS, _DRAWS_OF_FEW_ROWS = 4, 8
+# In float32 the order of a sum decides about this many times what half a unit does.
+_ORDER = 8.0
 # An element may be this many times its expected error off; of many elements one is the worst.
 _ELEMENT = 16.0
 # As may a row: little more than twice where it is long, about as an element where it is not.
 _ROW, _SHORT_ROW = 4.0, 12.0
-# Standard errors by which the mean error has to be over the limit to count, over many rows,
-# and over the elements of few.
-_SURE, _SURE_OF_ELEMENTS = 4.0, 5.0
+# Standard errors by which the error has to be over the limit to count: with many rows, with few,
+# and where what is luck in one row is the same luck in all.
+_SURE, _SURE_OF_FEW, _SURE_TOGETHER = 4.0, 5.0, 2.0
 _MANY_ROWS = 32
 _LEAST_WIDTH = 16
 
@@ -94,16 +96,7 @@ def _judged(
             return Judgement(problem=problem)
     try:
         exact = run.in_double(calls, None)
-        noise = [
-            {name: torch.zeros_like(value) for name, value in values.items()} for values in exact
-        ]
-        generator = seeded(run.device)
-        for _ in range(_DRAWS):
-            for sums, near, truth in zip(
-                noise, run.in_double(calls, generator), exact, strict=True
-            ):
-                for name, value in truth.items():
-                    sums[name] += (near[name] - value).square() / _DRAWS
+        noise = _noise(run, calls, exact)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -114,6 +107,38 @@ def _judged(
             tally = tallies.setdefault(name, _Tally(name, value.dtype))
             tally.add(value, other[name], truth[name], expected[name])
     return _worst(tallies.values())
+
+
+class _Noise:
+    """How far one tensor's exact values move when inputs and weights do, by draws."""
+
+    def __init__(self, exact: Tensor, draws: int) -> None:
+        self.exact, self.draws = exact, draws
+        self.squares = torch.zeros_like(exact)
+        self.of_rows: list[Tensor] = []
+
+    def add(self, near: Tensor) -> None:
+        squares = (near - self.exact).square()
+        self.squares += squares / self.draws
+        self.of_rows.append(_rows_of(squares).sum(1))
+
+    def luck(self) -> Tensor:
+        """Variance of a row's squared error, relative to its square: 2 where one number decides
+        about the row, next to nothing where many do."""
+        of_rows = torch.stack(self.of_rows)
+        return of_rows.var(0) / of_rows.mean(0).square().clamp_min(1e-300)
+
+
+def _noise(run: _Runner, calls: Sequence[Call], exact: Sequence[Values]) -> list[dict[str, _Noise]]:
+    rows = sum(len(_rows_of(value)) for values in exact for value in values.values())
+    draws = _DRAWS if rows >= _MANY_ROWS else _DRAWS_OF_FEW_ROWS
+    noise = [{name: _Noise(value, draws) for name, value in v.items()} for v in exact]
+    generator = seeded(run.device)
+    for _ in range(draws):
+        for sums, near in zip(noise, run.in_double(calls, generator), strict=True):
+            for name in sums:
+                sums[name].add(near[name])
+    return noise
 
 
 def _unlike(ours: Values, theirs: Values) -> str | None:
@@ -248,34 +273,39 @@ class _Tally:
             self.floor = max(self.floor, FLOOR_OF_GRADIENTS)
         self.kernel = self.members = self.size = 0.0
         self.problem: str | None = None
+        self.order = _ORDER * min(torch.finfo(torch.float32).eps / self.epsilon, 1.0)
         self.rows = _Excess()
         self.elements = _Excess()
 
-    def add(self, ours: Tensor, theirs: Tensor, exact: Tensor, noise: Tensor) -> None:
+    def add(self, ours: Tensor, theirs: Tensor, exact: Tensor, noise: _Noise) -> None:
         """Add one call: the kernel's values, the members', the exact ones, the expected error."""
         if not torch.equal(ours.isfinite(), theirs.isfinite()):
             self.problem = f"the kernel's {self.name} is NaN or infinite where the modules' is not"
             return
-        usable = theirs.isfinite() & exact.isfinite() & noise.isfinite()
-        kernel, members, exact, noise = (
+        usable = theirs.isfinite() & exact.isfinite() & noise.squares.isfinite()
+        kernel, members, exact, moved = (
             _rows_of(torch.where(usable, value, 0.0))
             for value in (
                 (ours.double() - exact).square(),
                 (theirs.double() - exact).square(),
                 exact.square(),
-                noise,
+                noise.squares,
             )
         )
         self.kernel += float(kernel.sum())
         self.members += float(members.sum())
         self.size += float(exact.sum())
-        expected = noise + members + exact * self.floor**2 + self.tiny
+        of_sums = moved * self.order**2
+        expected = moved + members + of_sums + exact * self.floor**2 + self.tiny
         self._look_at_each(kernel, expected)
         scale = expected.sum(1)
         allowed = torch.maximum(LIMIT**2 * members.sum(1), self.floor**2 * exact.sum(1))
-        self.rows.add((kernel.sum(1) - allowed) / scale)
-        excess = kernel - LIMIT**2 * members
-        self.elements.add((excess / scale[:, None]).reshape(-1) * kernel.size(1))
+        allowed = torch.maximum(allowed, of_sums.sum(1))
+        typical = torch.maximum(members.sum(1), moved.sum(1)) / scale
+        luck = 2 * LIMIT**4 * noise.luck() * typical.square()
+        self.rows.add((kernel.sum(1) - allowed) / scale, luck)
+        excess = kernel - torch.maximum(LIMIT**2 * members, of_sums)
+        self.elements.add((excess / scale[:, None]).reshape(-1))
 
     def _look_at_each(self, kernel: Tensor, expected: Tensor) -> None:
         if not kernel.numel() or self.problem:
@@ -304,12 +334,9 @@ class _Tally:
             return Judgement(0.0, 0.0, self.problem)
         size = self.size or 1.0
         ours, theirs = (self.kernel / size) ** 0.5, (self.members / size) ** 0.5
-        many = self.rows.count >= _MANY_ROWS
-        excess = self.rows if many else self.elements
-        sure = _SURE if many else _SURE_OF_ELEMENTS
         over = ours > max(LIMIT * theirs, self.floor)
         problem = self.problem
-        if over and excess.significance() > sure:
+        if over and self._is_sure():
             # Everywhere, not in one place.
             problem = (
                 f"the kernel is less accurate than the modules: relative error {ours:.2e} of the "
@@ -318,26 +345,33 @@ class _Tally:
             )
         return Judgement(ours, theirs, problem)
 
+    def _is_sure(self) -> bool:
+        """Whether it is not by chance that the kernel is over the limit."""
+        rows = self.rows
+        alone = _SURE**2 * rows.variance()
+        if rows.count < _MANY_ROWS:
+            alone = _SURE_OF_FEW**2 * max(rows.luck, self.elements.variance())
+        # One large value that all rows share is rounded alike in all of them.
+        together = _SURE_TOGETHER * rows.luck_together
+        return bool(rows.sum > max(alone**0.5, together))
+
 
 class _Excess:
-    """The mean of something, in units of its standard error."""
+    """A sum, and how far it may be from what it is on average."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sum = self.squares = 0.0
+        self.sum = self.squares = self.luck = self.luck_together = 0.0
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor, luck: Tensor | None = None) -> None:
         self.count += values.numel()
         self.sum += float(values.sum())
         self.squares += float(values.square().sum())
+        if luck is not None:
+            self.luck += float(luck.sum())
+            self.luck_together += float(luck.sqrt().sum())
 
-    def significance(self) -> float:
-        if not self.count:
-            return 0.0
-        mean = self.sum / self.count
-        variance = max(self.squares / self.count - mean**2, 0.0)
-        # One value alone cannot be told from chance.
-        error: float = (variance / max(self.count - 1, 1)) ** 0.5
-        if not error:
-            return float("inf") if mean > 0 and self.count > 1 else 0.0
-        return mean / error
+    def variance(self) -> float:
+        """Of the sum, if the values are independent."""
+        mean = self.sum / max(self.count, 1)
+        return max(self.squares - self.count * mean**2, 0.0)
