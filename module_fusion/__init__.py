@@ -2,12 +2,12 @@
 
 `fuse` finds what the built-in kernels can take over; `fuse_modules` replaces adjacent
 submodules by glob path, in every repeated block; `unfuse_modules` takes it back; `report`
-says which path ran and why; `benchmark` times it against the unfused model;
-`from_pretrained` loads with transformers, then fuses.
+says which path ran and why; `verify` compares with the unfused model on your own inputs;
+`benchmark` times it against that; `from_pretrained` loads with transformers, then fuses.
 """
 
 from .benchmark import benchmark
-from .benchmark_report import BenchmarkReport
+from .benchmarking.report import BenchmarkReport
 from .errors import (
     AlreadyFusedError,
     DeferredUseError,
@@ -24,6 +24,8 @@ from .modules import FusedModule, RegistryCollector
 from .report import FusionReport
 from .spec import ModuleSpec
 from .surgery import fuse_modules, fused, report, unfuse_modules
+from .verify import verify
+from .verifying.report import VerificationReport
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "VerificationReport",
     "benchmark",
     "from_pretrained",
     "fuse",
@@ -50,4 +53,5 @@ __all__ = [
     "register_family",
     "report",
     "unfuse_modules",
+    "verify",
 ]

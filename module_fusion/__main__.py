@@ -7,6 +7,7 @@ random weights.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,21 +100,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(path: Path, dtype: str | None) -> nn.Module:
     """The model of a checkpoint, or one with random weights of a config."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     if not path.exists():
         raise FusionError(f"There is no file or folder {str(path)!r}.")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     names = getattr(config, "architectures", None) or []
     cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    options = {} if dtype is None else {"dtype": _DTYPES[dtype]}
-    if (path.is_dir() and any(path.glob("*.safetensors"))) or any(path.glob("*.bin")):
+    chosen = config.dtype if dtype is None else _DTYPES[dtype]
+    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         loader = cls or transformers.AutoModel
-        model: nn.Module = loader.from_pretrained(path, local_files_only=True, **options)
+        model: nn.Module = loader.from_pretrained(path, local_files_only=True, dtype=chosen)
         return model
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config) if cls is None else cls(config)
-    return model.to(**options).eval()
+    if chosen is not None:
+        model.to(chosen)
+    return model.eval()
 
 
 def _families(options: argparse.Namespace) -> bool | Mapping[str, bool]:
@@ -144,10 +146,9 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     name = getattr(model, "main_input_name", None)
     config = model.config.get_text_config() if name == "input_ids" else model.config
     random = torch.Generator().manual_seed(options.seed)
-    value: Tensor
+    shape: tuple[int, ...] = (options.batch, options.tokens)
     if name == "input_ids":
-        shape = (options.batch, options.tokens)
-        value = torch.randint(0, config.vocab_size, shape, generator=random)
+        value: Tensor = torch.randint(0, config.vocab_size, shape, generator=random)
     elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         shape = (options.batch, config.num_channels, config.image_size, config.image_size)
         value = torch.randn(shape, generator=random).to(model.dtype)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .inventory import chains_in, modules_in, states_of, strays_in
 from .modules import KEY, ModuleState, expected_class
+from .verifying.structures import same_bits
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
 @contextmanager
@@ -42,13 +45,16 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """On leaving, random state, buffers and gradients are what they were before.
+    """On leaving, random state, buffers, gradients and attributes are what they were before.
+
+    Of a list, dict or set that a module has, the items too; what else a module's attributes
+    hold is not looked into.
 
     Yields:
         A function that puts them back at once, for a second run from the same start.
     """
     with ExitStack() as stack:
-        steps = [random_state(), *_buffers(model), _gradients(model)]
+        steps = [random_state(), *_buffers(model), *_attributes(model), _gradients(model)]
 
         def put_back() -> None:
             for step in steps:
@@ -93,7 +99,7 @@ def _restorer_of_buffers(
             for name, value in values.items():
                 buffer = before[name]
                 assert buffer is not None
-                if not _same_bits(buffer, value):
+                if not same_bits(buffer, value):
                     buffer.copy_(value)
         module._buffers.clear()
         module._buffers.update(before)
@@ -101,14 +107,26 @@ def _restorer_of_buffers(
     return put_back
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_floating_point():
-        return bool(torch.equal(a.nan_to_num(nan=1.5), b.nan_to_num(nan=1.5))) and bool(
-            torch.equal(a.isnan(), b.isnan())
-        )
-    return bool(torch.equal(a, b))
+def _attributes(model: nn.Module) -> Iterator[Callable[[], None]]:
+    for module in modules_in(model):
+        before = {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
+        items = [(v, v.copy()) for v in before.values() if type(v) in (list, dict, set)]
+        yield _restorer_of_attributes(module, before, items)
+
+
+def _restorer_of_attributes(
+    module: nn.Module, before: dict[str, Any], items: list[tuple[Any, Any]]
+) -> Callable[[], None]:
+    def put_back() -> None:
+        own = module.__dict__
+        for name in [name for name in own if name not in before and name not in _OF_EVERY_MODULE]:
+            del own[name]
+        own.update(before)
+        for value, kept in items:
+            value.clear()
+            (value.extend if type(value) is list else value.update)(kept)
+
+    return put_back
 
 
 def _gradients(model: nn.Module) -> Callable[[], None]:
@@ -116,7 +134,7 @@ def _gradients(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         for parameter, gradient, value in before:
-            if gradient is not None and value is not None and not _same_bits(gradient, value):
+            if gradient is not None and value is not None and not same_bits(gradient, value):
                 with torch.no_grad():
                     gradient.copy_(value)
             parameter.grad = gradient

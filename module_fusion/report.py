@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .rendering.drawing import chain_drawing
+from .rendering.folding import pattern_of, span
 from .rendering.html import (
     Markup,
     arrows,
@@ -20,8 +20,8 @@ from .rendering.html import (
     table,
     unbroken,
 )
+from .rendering.tables import text_table
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
 # A wider table has its notes below.
 _WIDTH = 100
@@ -130,6 +130,11 @@ class FusionReport:
         header = ("", "modules", "kernel", "calls", "note")
         return page_fragment(self._summary(), [table(header, rows)] if rows else [])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every group by itself, for JSON."""
+        groups = [{**g._asdict(), "wires": [w._asdict() for w in g.wires]} for g in self.groups]
+        return {"summary": self._summary(), "groups": groups}
+
     def _summary(self) -> str:
         if not self.groups:
             return "Nothing is fused"
@@ -141,12 +146,14 @@ class FusionReport:
 
 def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The table; where it would be too wide, with numbers for notes and the notes below."""
-    lines = _aligned(rows)
+    lines = text_table(("", *_HEADER), rows).splitlines()
     notes = list(dict.fromkeys(row[-1] for row in rows if row[-1]))
     if not notes or max(map(len, lines)) <= _WIDTH:
         return lines
     numbers = {note: f"[{number}]" for number, note in enumerate(notes, 1)}
-    lines = _aligned([(*row[:-1], numbers.get(row[-1], "")) for row in rows])
+    lines = text_table(
+        ("", *_HEADER), [(*row[:-1], numbers.get(row[-1], "")) for row in rows]
+    ).splitlines()
     for note, number in numbers.items():
         lines += textwrap.wrap(
             f"{number} {note}",
@@ -158,22 +165,11 @@ def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    header = ("", *_HEADER)
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
-
-
 def _folded(groups: Sequence[GroupReport]) -> Iterator[list[GroupReport]]:
     """Groups that differ in block numbers and call counts alone, together."""
     folds: dict[object, list[GroupReport]] = {}
     for group in groups:
-        pattern = tuple(_NUMBER.sub("*", path) for path in group.paths)
+        pattern = pattern_of(group.paths)
         key = (group.action, pattern, group.classes, group.kernel, group.path, group.reason)
         folds.setdefault((*key, group.roles, group.wires), []).append(group)
     yield from folds.values()
@@ -205,7 +201,7 @@ def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
 
 
 def _paths(fold: Sequence[GroupReport]) -> list[str]:
-    return [_span([group.paths[i] for group in fold]) for i in range(len(fold[0].paths))]
+    return [span([group.paths[i] for group in fold]) for i in range(len(fold[0].paths))]
 
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
@@ -239,21 +235,3 @@ def _calls(group: GroupReport) -> str:
         return ""
     counts = (("kernel", group.kernel_calls), ("members", group.member_calls))
     return ", ".join(f"{name} {n}" for name, n in counts if n) or f"{group.path} 0"
-
-
-def _span(paths: Sequence[str]) -> str:
-    """One path for many: `layers.[0-3,7].mlp` for blocks 0 to 3 and 7."""
-    if len(paths) == 1:
-        return paths[0]
-    columns = list(zip(*(path.split(".") for path in paths), strict=True))
-    return ".".join(c[0] if len(set(c)) == 1 else f"[{_ranges(c)}]" for c in columns)
-
-
-def _ranges(texts: Sequence[str]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted({int(text) for text in texts}):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -105,7 +105,7 @@ def test_verify_exits_with_1_where_a_kernel_is_wrong(
     monkeypatch.setattr(certificate.Certificates, "of", lambda *_: None)
     with use_kernel_mapping({"RMSNormMLP": {"cpu": InMemoryRepository(WrongRMSNormMLP)}}):
         assert main(["verify", checkpoint, "--device", "cpu"]) == 1
-    assert "Failed" in capsys.readouterr().out
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_bench_measures_fused_and_unfused(config: str, capsys: pytest.CaptureFixture[str]) -> None:

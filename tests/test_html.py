@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from module_fusion.drawing import chain_drawing
-from module_fusion.html import Markup, page_fragment, table
 from PIL import Image
 from support import PATHS, Mlp, Model, Norm, mapped, members_kernel
 from torch import nn
 
 from module_fusion import FusionReport, fuse_modules, report
+from module_fusion.rendering.drawing import chain_drawing
+from module_fusion.rendering.html import Markup, page_fragment, table
 from module_fusion.report import Feed, GroupReport
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "screenshots.py"

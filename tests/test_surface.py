@@ -27,6 +27,7 @@ NAMES = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
+    "VerificationReport",
     "benchmark",
     "from_pretrained",
     "fuse",
@@ -35,6 +36,7 @@ NAMES = [
     "register_family",
     "report",
     "unfuse_modules",
+    "verify",
 ]
 SIGNATURES = {
     "benchmark": (

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import needed
+from ..rendering.html import page_fragment, paragraph, table, unbroken
 from ..rendering.tables import markdown_table, text_table
 
 _REFERENCE = "reference"
@@ -120,6 +121,12 @@ class BenchmarkReport:
         return f"{self.summary}\n\n{text_table(*self.table())}\n\n{self.conditions}"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        header, rows = self.table()
+        short = header.index("note") if "note" in header else len(header)
+        cells = [[*map(unbroken, row[:short]), *row[short:]] for row in rows]
+        return page_fragment(self.summary, [table(header, cells), paragraph(self.conditions)])
 
     def to_markdown(self) -> str:
         """The same table and sentences in Markdown."""

@@ -7,28 +7,29 @@ the kernel may have at most 1.1 times the members' error.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..chain import Chain
-from ..modules import KEY, original_class
-from ..seat import run_members
-
-LIMIT = 1.1
-# Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
-_FLOOR = 0.25
-# Of a gradient in float32 the order of summation decides about some units in the last place.
-_FLOOR_OF_GRADIENTS = 4 * torch.finfo(torch.float32).eps
-_SEED = 0
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
-_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+from ..exact import (
+    FLOOR,
+    FLOOR_OF_GRADIENTS,
+    LIMIT,
+    InDouble,
+    Run,
+    chain_of,
+    copy_of,
+    double,
+    run_on_copies,
+    seat_on,
+    seeded,
+)
+from ..modules import original_class
 
 _SETTINGS = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
 Samples = list[tuple[Tensor, ...]]
@@ -105,11 +106,6 @@ class Certificates(dict[Any, Certificate]):
         return self[key]
 
 
-def seeded() -> torch.Generator:
-    """A generator of its own, so that nobody's random numbers are used up."""
-    return torch.Generator("cpu").manual_seed(_SEED)
-
-
 class _Errors:
     """Squared errors of one tensor, summed over the samples."""
 
@@ -136,21 +132,21 @@ class _Errors:
         kernel, members = (self.kernel / count) ** 0.5, (self.members / count) ** 0.5
         # Of few elements an error is a matter of luck.
         slack = 1 + 2 / max(self.elements, 1) ** 0.5
-        floor = _FLOOR * epsilon
+        floor = FLOOR * epsilon
         if what.startswith("gradient"):
-            floor = max(floor, _FLOOR_OF_GRADIENTS)
+            floor = max(floor, FLOOR_OF_GRADIENTS)
         return Certificate(kernel, members, max(LIMIT * members, floor) * slack, floor, what)
 
 
 def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Certificate:
     tensors = [t for m in members for t in (*m.parameters(), *m.buffers())]
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0, device="cpu"))
-    random = torch.Generator(like.device).manual_seed(_SEED)
+    random = seeded(like.device)
     # Packed weights cannot be copied, so there the members' own values are used.
     fresh = Tensor.detach if chain.packings else lambda tensor: _random_like(tensor, random)
-    plain = [_copy_of(member, fresh) for member in members]
-    exact = [_copy_of(member, lambda tensor: _double(tensor.detach())) for member in plain]
-    kernel: Any = chain.seat if chain.packings else _seat_on(chain, plain)
+    plain = [copy_of(member, fresh) for member in members]
+    exact = [copy_of(member, lambda tensor: double(tensor.detach())) for member in plain]
+    kernel: Any = chain.seat if chain.packings else seat_on(chain, plain)
     owners = members if chain.packings else plain
     differentiable = bool(chain.seat._capabilities["has_backward"])  # type: ignore[union-attr]
     errors: dict[str, _Errors] = {}
@@ -161,17 +157,17 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
         for grad in (True, False) if number == 0 else (True,):
             with torch.set_grad_enabled(grad):
                 try:
-                    with _InDouble():
-                        wide = [_double(x) for x in inputs]
-                        truth = _run(_chain_of(chain, exact), exact, chain.roles, wide)
-                    theirs = _run(_chain_of(chain, plain), plain, chain.roles, inputs)
+                    with InDouble():
+                        wide = [double(x) for x in inputs]
+                        truth = run_on_copies(chain_of(chain, exact), exact, chain.roles, wide)
+                    theirs = run_on_copies(chain_of(chain, plain), plain, chain.roles, inputs)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception:
                     continue  # The members do not take such an input.
                 compared = True
                 try:
-                    ours = _run(kernel, owners, chain.roles, inputs)
+                    ours = run_on_copies(kernel, owners, chain.roles, inputs)
                     found = _differences(ours, theirs, truth, backward and grad)
                 except torch.OutOfMemoryError:
                     raise
@@ -188,32 +184,8 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
     return max(certificates, key=lambda c: c.kernel_error / max(c.allowed, 1e-300))
 
 
-_Run = tuple[Any, dict[str, Tensor]]
-
-
-def _run(
-    function: Callable[..., Any],
-    members: Sequence[nn.Module],
-    roles: Sequence[str],
-    inputs: list[Tensor],
-) -> _Run:
-    """The output on copies of the inputs, and what it may have gradients of."""
-    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    return function(*inputs), _leaves(members, roles, inputs)
-
-
-def _leaves(
-    members: Sequence[nn.Module], roles: Sequence[str], inputs: list[Tensor]
-) -> dict[str, Tensor]:
-    leaves = {f"input {number}": x for number, x in enumerate(inputs) if x.requires_grad}
-    for role, member in zip(roles, members, strict=True):
-        named = member.named_parameters()
-        leaves.update({f"{role}.{name}": p for name, p in named if p.requires_grad})
-    return leaves
-
-
 def _differences(
-    ours: _Run, theirs: _Run, exact: _Run, backward: bool
+    ours: Run, theirs: Run, exact: Run, backward: bool
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]] | str:
     """The values to compare, by name, or why they cannot be."""
     outputs = [run[0] for run in (ours, theirs, exact)]
@@ -246,21 +218,6 @@ def _differences(
     return values
 
 
-def _seat_on(chain: Chain, members: Sequence[nn.Module]) -> nn.Module:
-    """The kernel of a chain in a seat by itself, on other members."""
-    seat: Any = chain.seat
-    bench: Any = type(seat)()
-    bench.__dict__.update(seat.__dict__)
-    prepare = getattr(seat.kernel, "prepare", None)
-    is_method = isinstance(seat.__dict__["forward"], MethodType)
-    bench.__dict__.update(
-        _members=tuple(map(weakref.ref, members)),
-        forward=MethodType(seat.kernel, bench) if is_method else seat.kernel,
-        prepared=None if prepare is None else prepare(*members),
-    )
-    return bench  # type: ignore[no-any-return]
-
-
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random weights of a usual size: vectors around 1, matrices that keep the size of rows."""
     if not tensor.is_floating_point():
@@ -271,56 +228,6 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     values = values * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 1 + values * 0.3
     # In the same memory format: kernels look at strides.
     return torch.empty_like(tensor.detach()).copy_(values)
-
-
-def _chain_of(chain: Chain, members: Sequence[nn.Module]) -> Callable[..., Any]:
-    """The chain on other members."""
-    return lambda *inputs: run_members(chain.plan, members, _call, inputs)
-
-
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return module(*args, **kwargs)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _copy_of(module: nn.Module, of_tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The module as it was before it was fused, without hooks, on other tensors."""
-    cls = original_class(module)
-    copy = cls.__new__(cls)
-    own = {name: value for name, value in module.__dict__.items() if name not in (KEY, "forward")}
-    own.update({name: type(own[name])() for name in _HOOKS if name in own})
-    own["_parameters"] = {
-        name: None if p is None else nn.Parameter(of_tensor(p), requires_grad=p.is_floating_point())
-        for name, p in module._parameters.items()
-    }
-    own["_buffers"] = {
-        name: None if b is None else of_tensor(b) for name, b in module._buffers.items()
-    }
-    own["_modules"] = {
-        name: None if child is None else _copy_of(child, of_tensor)
-        for name, child in module._modules.items()
-    }
-    copy.__dict__.update(own)
-    return copy
-
-
-class _InDouble(TorchFunctionMode):
-    """Casts to a smaller dtype inside a module do not round."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            return args[0].double()
-        args = tuple(map(_widened, args))
-        return func(*args, **{name: _widened(value) for name, value in (kwargs or {}).items()})
-
-
-def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _ROUNDED else value
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:

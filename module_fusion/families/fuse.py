@@ -13,13 +13,14 @@ from ..context import has_global_hooks
 from ..dry_run import try_to
 from ..effects import code_read_once, effect_of
 from ..errors import FusionError
+from ..exact import seeded
 from ..inventory import Found, row_of
 from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
 from ..surgery import apply_jobs, check_arguments, forget_prepared, undo_chains
-from .certificate import Certificates, seeded
+from .certificate import Certificates
 from .family import FusionFamily, chosen_families
 from .layout import Packer
 

@@ -59,6 +59,11 @@ def table(
     )
 
 
+def paragraph(text: str) -> Markup:
+    """A sentence of its own."""
+    return Markup(f'<p class="mf-note">{html(text)}</p>')
+
+
 def html(text: str) -> Markup:
     """The text as HTML."""
     return text if isinstance(text, Markup) else Markup(escape(text))

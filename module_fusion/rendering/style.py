@@ -21,6 +21,7 @@ body[data-jp-theme-light="false"] .mf-report, .vscode-dark .mf-report,
   { color-scheme: dark; }
 .vscode-high-contrast-light .mf-report { color-scheme: light; }
 .mf-report .mf-title { margin: 0 0 6px; font-weight: 600; color: inherit; }
+.mf-report .mf-note { margin: 4px 0; color: inherit; max-width: 760px; }
 .mf-report .mf-muted { color: var(--mf-muted); }
 .mf-report code { font: 12px/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   color: inherit; background: none; border: 0; padding: 0; }

@@ -1,0 +1,31 @@
+"""Many paths as one: rows for repeated blocks are folded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def pattern_of(paths: Iterable[str]) -> tuple[str, ...]:
+    """The paths without the numbers of their blocks."""
+    return tuple(_NUMBER.sub("*", path) for path in paths)
+
+
+def span(paths: Sequence[str]) -> str:
+    """One path for many: `layers.[0-3,7].mlp` for blocks 0 to 3 and 7."""
+    if len(paths) == 1:
+        return paths[0]
+    columns = list(zip(*(path.split(".") for path in paths), strict=True))
+    return ".".join(c[0] if len(set(c)) == 1 else f"[{_ranges(c)}]" for c in columns)
+
+
+def _ranges(texts: Sequence[str]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted({int(text) for text in texts}):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,170 @@
+"""`verify`: the fused model against the unfused one, on the user's own inputs.
+
+The unfused model runs first, then the fused one, from the same random state, buffers and copies
+of the inputs. Where a kernel ran and something differs, the unfused model runs once more and
+continues with what the kernels returned: then nothing else may differ, not in one bit, and every
+kernel is judged by itself against float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import FusionError
+from .inventory import Found, chains_in, modules_in, states_of
+from .verifying.casting import in_dtype
+from .verifying.replaced import notes_on, replaced_in
+from .verifying.report import VerificationReport
+from .verifying.runs import Ask, compare
+
+_OWN = {"method": "forward", "gradients": False, "dtypes": None}
+_COMPILED = (
+    "compiled modules ran in eager mode here: what a compiler changes is not looked at, and calls "
+    "inside a compiled graph are not counted"
+)
+
+
+def verify(
+    model: nn.Module,
+    /,
+    *args: Any,
+    method: str = "forward",
+    gradients: bool = False,
+    dtypes: Sequence[torch.dtype] | None = None,
+    **kwargs: Any,
+) -> VerificationReport:
+    """Compare the fused model with the unfused one on your own inputs.
+
+    Nothing is left behind: random state, buffers, gradients, call counts and your inputs are as
+    before, and there is no second copy of the model's weights. Needs room for the inputs and
+    outputs of all fused groups, and for one group at a time in float64.
+
+    A model that draws random numbers draws the same ones in both runs. Compiled modules run in
+    eager mode.
+
+    Args:
+        model: a model with fused modules.
+        *args: what the method takes; copied for every run.
+        method: the name of the method to call, such as `"generate"`.
+        gradients: whether to compare gradients of all parameters, and of the inputs that require
+            one: of the output's `loss`, or where it has none, of a fixed random combination of
+            all its floating tensors. Needs room for them twice.
+        dtypes: run in each of these dtypes, with floating inputs and weights cast, instead of in
+            the model's own. Needs room for the weights in that dtype.
+        **kwargs: as `args`. A keyword that the method shares with `verify` has to be passed by
+            position.
+
+    Returns:
+        A report, true if fusion kept its promise: where no kernel ran the same bits, and where
+        one ran at most 1.1 times the members' error against float64.
+
+    Raises:
+        FusionError: nothing is fused, or an argument is not usable.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from module_fusion import fuse_modules
+        >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        >>> _ = fuse_modules(model, ["0", "1"])
+        >>> found = verify(model, torch.randn(2, 8))
+        >>> found.passed, found.equal
+        (True, True)
+        >>> found.verdict
+        'Passed, equal to the bit: no kernel ran'
+    """
+    _check(model, method, gradients, dtypes)
+    found = chains_in(model)
+    replaced = replaced_in(model, found)
+    if not found and not replaced:
+        raise FusionError(
+            "Nothing is fused in this model, so there is nothing to verify. Fuse it first: "
+            "fuse(model), or fuse_modules(model, [...], kernel=...)."
+        )
+    results = []
+    with _calls_uncounted(found), _eagerly(gradients):
+        for dtype in [None] if dtypes is None else dtypes:
+            ask = Ask(model, method, args, kwargs, gradients, dtype)
+            with in_dtype(model, found, dtype):
+                results.append(compare(ask, found))
+    notes = [*notes_on(found), *([_COMPILED] if _is_compiled(model) else [])]
+    return VerificationReport(
+        outputs=tuple(d for r in results for d in r.outputs),
+        gradients=tuple(d for r in results for d in r.gradients),
+        groups=tuple(g for r in results for g in r.groups),
+        first_difference=next((r.first for r in results if r.first), None),
+        problems=tuple(dict.fromkeys([*replaced, *(p for r in results for p in r.problems)])),
+        notes=tuple(dict.fromkeys([*notes, *(n for r in results for n in r.notes)])),
+    )
+
+
+def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise FusionError(f"verify takes a torch.nn.Module, not {type(model).__name__}.")
+    if not isinstance(method, str) or not callable(getattr(model, method, None)):
+        raise FusionError(
+            f"method is the name of a method of the model, such as 'generate'; "
+            f"{type(model).__name__} has no method {method!r}."
+        )
+    if dtypes is not None and (
+        not isinstance(dtypes, (list, tuple))
+        or not dtypes
+        or not all(isinstance(d, torch.dtype) and d.is_floating_point for d in dtypes)
+    ):
+        raise FusionError(
+            f"dtypes is a list of floating dtypes, such as [torch.float32, torch.bfloat16], not "
+            f"{dtypes!r}."
+        )
+    given = {"method": method, "gradients": gradients, "dtypes": dtypes}
+    try:
+        taken = inspect.signature(getattr(model, method)).parameters
+    except (TypeError, ValueError):
+        return
+    for name, value in given.items():
+        if name in taken and value != _OWN[name]:
+            raise FusionError(
+                f"{method} of {type(model).__name__} has a parameter {name!r}, and so has verify: "
+                f"it is not clear which one {name}={value!r} is for. Pass it by position, or give "
+                f"the model a method without it and name that: verify(model, ..., method=...)."
+            )
+
+
+@contextmanager
+def _eagerly(gradients: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if gradients:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def _calls_uncounted(found: Sequence[Found]) -> Iterator[None]:
+    """On leaving, the counts and reasons that `report` gives are what they were before."""
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    for item in found:
+        names = ("kernel_calls", "member_calls", "reason", "returned")
+        for owner in (item.chain, *states_of(item)):
+            own = owner.__dict__
+            kept.append((owner, {name: own[name] for name in names if name in own}))
+    try:
+        yield
+    finally:
+        for owner, values in kept:
+            for name in ("reason", "returned"):
+                owner.__dict__.pop(name, None)
+            owner.__dict__.update(values)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        for module in modules_in(model)
+    )

@@ -1,0 +1,1 @@
+"""What `verify` is made of: runs that are watched, differences, judging, the report."""

@@ -1,0 +1,212 @@
+"""How far two values of any structure are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .structures import Kind, Leaf, bits_of, leaves, same_bits
+
+# Elements that are looked at together in float64.
+_CHUNK = 1 << 22
+
+
+class Difference(NamedTuple):
+    """A tensor, or another value, of the fused run against that of the unfused run.
+
+    Attributes:
+        name: where it is in the output, such as `logits` or `past_key_values.layers.0.keys`.
+        shape: of the tensor, None for a value that is none.
+        dtype: of the tensor, or the class of the value.
+        equal: whether every bit is equal: NaN by payload, 0.0 apart from -0.0.
+        max_abs: largest absolute difference where both are finite.
+        max_rel: largest difference relative to the unfused value, where that is not 0.
+        max_ulp: largest number of floating-point values between the two, in their dtype.
+        cosine: cosine similarity of the finite elements.
+        argmax: share of rows of the last dimension with the largest element at the same place;
+            None where there is no such dimension.
+        nonfinite: how many elements are NaN or infinite, fused and unfused.
+        problem: why the two cannot be compared, or what must not differ; None where they can.
+        run: the dtype of the run, where `verify` was asked for several.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    dtype: str = ""
+    equal: bool = True
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    max_ulp: int = 0
+    cosine: float = 1.0
+    argmax: float | None = None
+    nonfinite: tuple[int, int] = (0, 0)
+    problem: str | None = None
+    run: str | None = None
+
+
+def differences(fused: Any, unfused: Any) -> list[Difference]:
+    """Compare two values leaf by leaf.
+
+    Returns:
+        A difference per tensor, and one per place where anything else differs.
+    """
+    return between(leaves(fused), leaves(unfused))
+
+
+def between(fused: Sequence[Leaf], unfused: Sequence[Leaf]) -> list[Difference]:
+    """The same of the leaves of two values."""
+    ours, theirs = _by_place(fused), _by_place(unfused)
+    found: list[Difference] = []
+    for place in [*theirs, *(place for place in ours if place not in theirs)]:
+        path = place[0]
+        if place not in ours or place not in theirs:
+            # What has another kind has other parts: one sentence says both.
+            if not any(d.name == path for d in found):
+                where = "unfused" if place in theirs else "fused"
+                found.append(Difference(path, equal=False, problem=f"only the {where} run has it"))
+            continue
+        a, b = ours[place], theirs[place]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            found.append(difference(a, b, path))
+        elif problem := _differing_values(a, b):
+            found.append(Difference(path, None, type(b).__name__, equal=False, problem=problem))
+    return found
+
+
+def _by_place(found: Sequence[Leaf]) -> dict[tuple[str, bool], Any]:
+    return {(leaf.path or "output", type(leaf.value) is Kind): leaf.value for leaf in found}
+
+
+def _differing_values(a: Any, b: Any) -> str | None:
+    if type(a) is Kind and type(b) is Kind:
+        return None if a == b else f"{a} fused, {b} unfused"
+    if type(a) is not type(b):
+        return f"a {type(a).__name__} fused, a {type(b).__name__} unfused"
+    if a is b or (isinstance(a, float) and a != a and b != b):
+        return None
+    plain = (bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, torch.Size)
+    if hasattr(a, "tobytes") and a.tobytes() != b.tobytes():
+        return "the arrays differ"
+    # Of other objects nothing more is known than that they are of one class.
+    if isinstance(a, plain) and a != b:
+        return f"{a!r} fused, {b!r} unfused"
+    return None
+
+
+def difference(ours: Tensor, theirs: Tensor, name: str = "output") -> Difference:
+    """Compare two tensors; the second one is the measure."""
+    ours, theirs = ours.detach(), theirs.detach()
+    shape, dtype = tuple(theirs.shape), _short(theirs.dtype)
+    for what, a, b in (
+        ("shape", tuple(ours.shape), shape),
+        ("dtype", _short(ours.dtype), dtype),
+        ("device", str(ours.device), str(theirs.device)),
+    ):
+        if a != b:
+            problem = f"{what} {a} fused, {b} unfused"
+            return Difference(name, shape, dtype, equal=False, problem=problem)
+    if same_bits(ours, theirs):
+        rows = 1.0 if _has_rows(theirs) else None
+        bad = _count_nonfinite(theirs)
+        return Difference(name, shape, dtype, argmax=rows, nonfinite=(bad, bad))
+    if ours.layout is not torch.strided:
+        ours, theirs = ours.to_dense(), theirs.to_dense()
+    argmax = None
+    if _has_rows(theirs):
+        argmax = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    if ours.is_complex():
+        ours, theirs = torch.view_as_real(ours), torch.view_as_real(theirs)
+    unlike = None
+    if not torch.equal(_forms(ours), _forms(theirs)):
+        unlike = "NaN or infinite at other places than unfused"
+    numbers = _numbers(ours.reshape(-1), theirs.reshape(-1))
+    nonfinite = (_count_nonfinite(ours), _count_nonfinite(theirs))
+    return Difference(name, shape, dtype, False, *numbers, argmax, nonfinite, unlike)
+
+
+def combined(found: Sequence[Difference], name: str, run: str | None = None) -> Difference:
+    """The worst of several, as one."""
+    rows = [d.argmax for d in found if d.argmax is not None]
+    return Difference(
+        name,
+        found[0].shape,
+        found[0].dtype,
+        all(d.equal for d in found),
+        max(d.max_abs for d in found),
+        max(d.max_rel for d in found),
+        max(d.max_ulp for d in found),
+        min(d.cosine for d in found),
+        min(rows) if rows else None,
+        (sum(d.nonfinite[0] for d in found), sum(d.nonfinite[1] for d in found)),
+        next((d.problem for d in found if d.problem), None),
+        run,
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    return (
+        tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and tensor.dim() > 0
+        and tensor.numel() > 0
+        and tensor.size(-1) > 1
+        and tensor.element_size() > 1
+    )
+
+
+def _count_nonfinite(tensor: Tensor) -> int:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1:
+        return 0
+    values = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return int((~values.isfinite()).sum())
+
+
+def _forms(tensor: Tensor) -> Tensor:
+    """0 for a number, 1 for NaN, 2 and 3 for the infinities."""
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return torch.zeros((), device=tensor.device)
+    forms = tensor.isnan().to(torch.int8)
+    return forms + 2 * tensor.isposinf().to(torch.int8) + 3 * tensor.isneginf().to(torch.int8)
+
+
+def _numbers(ours: Tensor, theirs: Tensor) -> tuple[float, float, int, float]:
+    """Largest absolute and relative difference, ULPs, and the cosine."""
+    max_abs = max_rel = 0.0
+    max_ulp = 0
+    products = [0.0, 0.0, 0.0]
+    for a, b in zip(torch.split(ours, _CHUNK), torch.split(theirs, _CHUNK), strict=True):
+        wide_a, wide_b = a.double(), b.double()
+        finite = wide_a.isfinite() & wide_b.isfinite()
+        if not finite.any():
+            continue
+        wide_a, wide_b = wide_a[finite], wide_b[finite]
+        apart = (wide_a - wide_b).abs()
+        max_abs = max(max_abs, float(apart.max()))
+        nonzero = wide_b != 0
+        if nonzero.any():
+            max_rel = max(max_rel, float((apart[nonzero] / wide_b[nonzero].abs()).max()))
+        if a.is_floating_point():
+            ulps = (_ordered(a[finite]) - _ordered(b[finite])).abs()
+            max_ulp = max(max_ulp, int(ulps.max()))
+        for place, (p, q) in enumerate(((wide_a, wide_b), (wide_a, wide_a), (wide_b, wide_b))):
+            products[place] += float(p @ q)
+    size = (products[1] * products[2]) ** 0.5
+    cosine = max(-1.0, min(1.0, products[0] / size)) if size else float(max_abs == 0)
+    return max_abs, max_rel, max_ulp, cosine
+
+
+def _ordered(tensor: Tensor) -> Tensor:
+    """Integers that are as far apart as the values are in floating-point numbers."""
+    bits = bits_of(tensor).to(torch.int64)
+    size = tensor.element_size()
+    if size == 1:
+        return torch.where(bits > 127, 128 - bits, bits)
+    lowest = -(1 << (8 * size - 1))
+    return torch.where(bits < 0, lowest - bits, bits)

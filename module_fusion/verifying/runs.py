@@ -1,0 +1,255 @@
+"""The runs that `verify` compares, in one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..comparison import nothing_left_behind, unfused
+from ..errors import FusionError
+from ..exact import seeded
+from ..inventory import Found, members_of
+from .differences import Difference, between, combined, difference, differences
+from .judging import Judgement, judge
+from .report import GroupVerification
+from .structures import Leaf, fresh, frozen, leaves, same_bits
+from .watching import Call, equal, following, noted, watched
+
+_ITSELF = (
+    "the unfused model differs from itself: two runs from the same random state gave different "
+    "bits, so nothing can be said about the fused one. Make it deterministic first, for instance "
+    "with torch.use_deterministic_algorithms(True)"
+)
+_THREADS = (
+    "modules were called from several threads: every kernel was judged by itself, and the calls "
+    "were not followed through the model"
+)
+_T = TypeVar("_T")
+
+
+@dataclass
+class Ask:
+    """What to run: a method of a model on inputs, in a dtype."""
+
+    model: nn.Module
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gradients: bool
+    dtype: torch.dtype | None
+
+    @property
+    def run(self) -> str | None:
+        """The name of the dtype, where one was asked for."""
+        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Result:
+    """What was found in one dtype."""
+
+    outputs: list[Difference] = field(default_factory=list)
+    gradients: list[Difference] = field(default_factory=list)
+    groups: list[GroupVerification] = field(default_factory=list)
+    first: GroupVerification | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Ran:
+    """One run: its output, its inputs as it left them, and its gradients."""
+
+    output: list[Leaf]
+    given: list[Leaf]
+    gradients: dict[str, Tensor | None]
+
+
+def compare(ask: Ask, found: Sequence[Found]) -> Result:
+    """Run the model unfused and fused, and find out about every difference."""
+    with nothing_left_behind(ask.model) as again:
+        with unfused(ask.model):
+            theirs, before = _run(ask, noted(found))
+        again()
+        ours, calls = _run(ask, watched(found))
+        again()
+        result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
+        pairs = _pairs(calls, before)
+        kernels = any(call.path == "kernel" for call in calls)
+        rows = [*result.outputs, *result.gradients]
+        same = all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
+        result.problems += [f"{d.name}: {d.problem}" for d in rows if d.problem]
+        if len({call.thread for call in calls}) > 1:
+            result.notes.append(_THREADS)
+        elif kernels and not same:
+            with unfused(ask.model):
+                followed, _ = _run(ask, following(found, calls), gradients=False)
+            again()
+            result.problems += _left_over(ours, followed)
+        if not kernels and not same and not result.problems:
+            result.problems.append(
+                "no kernel ran, and still the fused model gives other bits than the unfused one"
+            )
+        for number, item in enumerate(found):
+            mine = [call for call in calls if call.chain == number]
+            judgement = _judgement(ask, item, mine, same)
+            result.groups.append(_group(ask, item, mine, pairs, judgement))
+        first = next((call for call, other in pairs if not equal(call.output, other)), None)
+        result.first = None if first is None else result.groups[first.chain]
+        broken = [group for group in result.groups if group.problem]
+        result.problems += [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
+        if result.problems and not same:
+            again()
+            with unfused(ask.model):
+                once_more, _ = _run(ask, nullcontext())
+            if not _same(once_more, theirs):
+                result.problems = [_ITSELF]
+    if ask.run is not None:
+        result.outputs = [d._replace(run=ask.run) for d in result.outputs]
+        result.gradients = [d._replace(run=ask.run) for d in result.gradients]
+        result.problems = [f"in {ask.run}, {problem}" for problem in result.problems]
+    return result
+
+
+def _run(ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True) -> tuple[_Ran, _T]:
+    """Run the method once, on inputs of its own."""
+    args, kwargs = fresh((ask.args, ask.kwargs), ask.dtype)
+    given = {"args": args, "kwargs": kwargs}
+    wanted = _wanted(ask.model, given) if ask.gradients and gradients else {}
+    call = ask.model if ask.method == "forward" else getattr(ask.model, ask.method)
+    with looking as seen:
+        output = call(*args, **kwargs)
+    found = _gradients_of(output, wanted) if ask.gradients and gradients else {}
+    # A model may return its own buffers, which are put back.
+    return _Ran(frozen(output), frozen(given), found), seen
+
+
+def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
+    wanted: dict[str, Tensor] = dict(model.named_parameters())
+    wanted = {name: p for name, p in wanted.items() if p.requires_grad}
+    inputs = [leaf for leaf in leaves(given) if isinstance(leaf.value, Tensor)]
+    wanted.update({leaf.path: leaf.value for leaf in inputs if leaf.value.requires_grad})
+    return wanted
+
+
+def _gradients_of(output: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+        tensors = [loss]
+    else:
+        values = [leaf.value for leaf in leaves(output)]
+        tensors = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    if not tensors or not wanted:
+        raise FusionError(
+            "verify(..., gradients=True) found no gradient to compare: no parameter and no input "
+            "requires one, or no output depends on one. Call requires_grad_() on what should."
+        )
+    generator = seeded()
+    cotangents = [
+        torch.ones_like(t)
+        if t is loss
+        else torch.randn(t.shape, generator=generator, device="cpu").to(t.device, t.dtype)
+        for t in tensors
+    ]
+    # Not `backward`: what is hooked to the accumulation of gradients may step an optimizer.
+    found = torch.autograd.grad(tensors, list(wanted.values()), cotangents, allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _outputs(ask: Ask, ours: _Ran, theirs: _Ran) -> list[Difference]:
+    """The differences of outputs, and of inputs that the runs changed."""
+    found = between(ours.output, theirs.output)
+    untouched = {leaf.path: leaf.value for leaf in leaves({"args": ask.args, "kwargs": ask.kwargs})}
+    for d in between(ours.given, theirs.given):
+        value = untouched.get(d.name)
+        if isinstance(value, Tensor) and value.is_floating_point() and ask.dtype is not None:
+            value = value.to(ask.dtype)
+        after = next(leaf.value for leaf in theirs.given if leaf.path == d.name)
+        if not d.equal or not isinstance(value, Tensor) or not same_bits(value, after):
+            found.append(d)
+    return found
+
+
+def _gradients(ours: _Ran, theirs: _Ran) -> list[Difference]:
+    found = []
+    for name, theirs_ in theirs.gradients.items():
+        ours_ = ours.gradients[name]
+        if ours_ is not None and theirs_ is not None:
+            found.append(difference(ours_, theirs_, name))
+        elif ours_ is not None or theirs_ is not None:
+            where = "unfused" if ours_ is None else "fused"
+            problem = f"only the {where} run has a gradient"
+            found.append(Difference(name, equal=False, problem=problem))
+    return found
+
+
+def _same(ours: _Ran, theirs: _Ran) -> bool:
+    rows = [*between(ours.output, theirs.output), *_gradients(ours, theirs)]
+    return all(d.equal for d in rows)
+
+
+def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
+    """What differs from the unfused model even with the kernels' outputs in their places."""
+    rows = [*between(ours.output, followed.output), *between(ours.given, followed.given)]
+    return [
+        f"{d.name}: differs in another place than the kernels' outputs; with those in their "
+        f"places the unfused model gives other bits"
+        for d in rows
+        if not d.equal
+    ][:1]
+
+
+def _pairs(calls: Sequence[Call], before: dict[int, list[Any]]) -> list[tuple[Call, Any]]:
+    """Calls in the fused run and the outputs in their places in the unfused one."""
+    outputs = {number: iter(values) for number, values in before.items()}
+    pairs = []
+    for call in calls:
+        for output in outputs[call.chain]:
+            pairs.append((call, output))
+            break
+    return pairs
+
+
+def _judgement(ask: Ask, found: Found, calls: Sequence[Call], same: bool) -> Judgement:
+    ran = [call for call in calls if call.path == "kernel"]
+    if same:
+        for call in ran:
+            call.theirs = call.output
+    if not ran or (same and not ask.gradients):
+        return Judgement()
+    with torch.inference_mode(False):
+        return judge(found.chain, members_of(found), ran, ask.gradients)
+
+
+def _group(
+    ask: Ask,
+    found: Found,
+    calls: Sequence[Call],
+    pairs: Sequence[tuple[Call, Any]],
+    judgement: Judgement,
+) -> GroupVerification:
+    paths = {call.path for call in calls}
+    rows = [
+        d
+        for call, other in pairs
+        if any(call is mine for mine in calls)
+        for d in differences(call.output, other)
+    ]
+    return GroupVerification(
+        paths=found.paths,
+        kernel=found.chain.kernel,
+        path="both" if len(paths) > 1 else str(next(iter(paths), "nothing")),
+        kernel_calls=sum(call.path == "kernel" for call in calls),
+        member_calls=sum(call.path == "members" for call in calls),
+        reason=next((call.reason for call in reversed(calls) if call.reason), None),
+        difference=combined(rows, "output") if rows else None,
+        kernel_error=judgement.kernel_error,
+        member_error=judgement.member_error,
+        problem=next((call.problem for call in calls if call.problem), judgement.problem),
+        run=ask.run,
+    )

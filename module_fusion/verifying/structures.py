@@ -1,0 +1,207 @@
+"""Values of any structure: what is in them, and copies of the tensors in them.
+
+An object is what its class and its `__dict__` say: that covers dataclasses, model outputs and
+caches without knowing one of them by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FusionError
+
+# What is the same object in both runs, or stands for itself; nothing in it is looked at.
+_OPAQUE = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Leaf(NamedTuple):
+    """A value without parts and the place it is at, such as `past_key_values.layers.0.keys`."""
+
+    path: str
+    value: Any
+
+
+class Kind(NamedTuple):
+    """What a container is, as a leaf of its own, so that another one is another value."""
+
+    name: str
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.size is None else f"{self.name} of {self.size}"
+
+
+def leaves(value: Any, path: str = "") -> list[Leaf]:
+    """Every leaf of a value, in order; containers are leaves too, by their class and size."""
+    return list(_leaves(value, path, set()))
+
+
+def _leaves(value: Any, path: str, open_: set[int]) -> Iterator[Leaf]:
+    parts = _parts(value)
+    if parts is None or id(value) in open_:
+        yield Leaf(path, value if parts is None else Kind("the same object again"))
+        return
+    is_sized = isinstance(value, (Mapping, list, tuple, set, frozenset))
+    yield Leaf(path, Kind(type(value).__qualname__, len(value) if is_sized else None))
+    open_.add(id(value))
+    for name, part in parts:
+        yield from _leaves(part, f"{path}.{name}" if path else str(name), open_)
+    open_.discard(id(value))
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]] | None:
+    """The named parts of a container or object, None for a leaf."""
+    if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, bytes)):
+        return None
+    if isinstance(value, _OPAQUE):
+        return None
+    if isinstance(value, Mapping):
+        return [(key, value[key]) for key in value]
+    if isinstance(value, (list, tuple)):
+        names = getattr(value, "_fields", range(len(value)))
+        return list(zip(names, value, strict=False))
+    if isinstance(value, (set, frozenset)):
+        return list(enumerate(sorted(value, key=repr)))
+    names = [*getattr(value, "__dict__", ()), *_slots_of(type(value))]
+    parts = [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    return parts or None
+
+
+def _slots_of(cls: type) -> list[str]:
+    slots: list[str] = []
+    for base in cls.__mro__:
+        own = base.__dict__.get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    return [name for name in slots if name not in ("__dict__", "__weakref__")]
+
+
+def frozen(value: Any) -> list[Leaf]:
+    """The leaves of a value, with tensors on memory of their own."""
+    return [leaf._replace(value=snapshot(leaf.value)) for leaf in leaves(value)]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a value, each once."""
+    found = {id(leaf.value): leaf.value for leaf in leaves(value) if isinstance(leaf.value, Tensor)}
+    return list(found.values())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in every bit: NaN by payload, 0.0 apart from -0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
+    return bool(torch.equal(bits_of(a), bits_of(b)))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor's values as integers."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point():
+        return tensor.view(_BITS[tensor.element_size()])
+    return tensor
+
+
+def snapshot(value: Any) -> Any:
+    """Tensors, and tuples, lists and dicts of them, on memory of their own; the rest as it is."""
+    return map_tensors(lambda tensor: _on_own_memory(tensor.detach()), value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The value with every tensor in its tuples, lists and dicts replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(function, item) for item in value)
+    if type(value) is dict:
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    return value
+
+
+def _on_own_memory(tensor: Tensor) -> Tensor:
+    """A copy with the same strides: what computes with it may choose its way by them."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return tensor.clone()
+    if not tensor.numel() or tensor.is_contiguous():
+        return tensor.clone(memory_format=torch.preserve_format)
+    size = 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    memory = tensor.as_strided((size,), (1,)).clone()
+    return memory.as_strided(tensor.shape, tensor.stride())
+
+
+def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of a user's inputs that a run may modify.
+
+    Modules and functions in them stay the same objects. Tensors that share memory share it in
+    the copy.
+
+    Args:
+        value: inputs of any structure.
+        dtype: what floating tensors are cast to, None to keep theirs.
+
+    Raises:
+        FusionError: something in it cannot be copied, such as an open file or an iterator.
+    """
+    memo: dict[int, Any] = {}
+    kept: list[Any] = []
+    storages: dict[int, torch.UntypedStorage] = {}
+    counts: dict[int, int] = {}
+    for tensor in tensors_in(value):
+        key = _storage_key(tensor)
+        counts[key] = counts.get(key, 0) + 1
+    for leaf in leaves(value):
+        part = leaf.value
+        if isinstance(part, nn.Module):
+            memo[id(part)] = part
+        elif isinstance(part, torch.Generator):
+            memo[id(part)] = part.clone_state()
+        elif isinstance(part, Tensor) and id(part) not in memo:
+            shared = counts[_storage_key(part)] > 1 and dtype is None
+            memo[id(part)] = _fresh_tensor(part, dtype, storages if shared else None)
+        kept.append(part)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise FusionError(
+            f"verify gives every run a copy of the inputs, and these cannot be copied: {error}. "
+            f"Pass inputs that can be used more than once: tensors, lists, caches; no open file, "
+            f"iterator or stream."
+        ) from error
+
+
+def _storage_key(tensor: Tensor) -> int:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def _fresh_tensor(
+    tensor: Tensor, dtype: torch.dtype | None, storages: dict[int, torch.UntypedStorage] | None
+) -> Tensor:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if storages is not None:
+            key = _storage_key(tensor)
+            if key not in storages:
+                storages[key] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+            place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+            copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            copied = copied.set_(storages[key], *place)
+        else:
+            copied = _on_own_memory(tensor.detach())
+        if dtype is not None and copied.is_floating_point():
+            copied = copied.to(dtype)
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=False)
+    return copied.requires_grad_(tensor.requires_grad)
