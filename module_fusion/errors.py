@@ -49,7 +49,7 @@ class UnfuseError(FusionError):
     """The class of a fused module was changed by someone else since it was fused."""
 
 
-class MissingPackageError(FusionError, ImportError):
+class MissingPackageError(FusionError):
     """A package that the call needs is not installed; the message says which."""
 
 

@@ -747,6 +747,7 @@ def test_every_error_is_a_fusion_error_and_a_value_error() -> None:
         "AlreadyFusedError",
         "DeferredUseError",
         "FusionError",
+        "MissingPackageError",
         "NotFusableError",
         "PathNotFoundError",
         "SpecMismatchError",
