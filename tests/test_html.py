@@ -101,6 +101,13 @@ CHAINS = [
             Feed(0, 3, "p"),
         ),
     ),
+    group(
+        "norm mlp",
+        wires=(
+            *STRAIGHT,
+            *(Feed(None, i, f"{name}_of_the_input") for i in (0, 1) for name in ("one", "two")),
+        ),
+    ),
     group(" ".join("abcdefghij"), wires=(STRAIGHT[0], *(Feed(i, i + 1, "x") for i in range(9)))),
     group(
         "post_attention_layernorm_with_a_long_name block_sparse_mixture_of_experts",
@@ -281,7 +288,8 @@ function chain(svg) {
     roles: all(".mf-role, .mf-class").map(edges),
     labels: all(".mf-label, .mf-kernel-name, .mf-state").map(edges),
     wires: all(".mf-wire").map(w => ({from: w.dataset.from, to: w.dataset.to,
-      start: at(w, 0), end: at(w, w.getTotalLength())}))}; }
+      start: at(w, 0), end: at(w, w.getTotalLength()), points:
+        Array.from({length: Math.ceil(w.getTotalLength())}, (_, i) => at(w, i))}))}; }
 // The report's colour by the system's preference, then by what each kind of notebook says.
 function themes() {
   const report = document.querySelector(".mf-report"), body = document.body;
@@ -296,6 +304,10 @@ function themes() {
     ["site light", "data-md-color-scheme", "default"]]) {
     body.setAttribute(attribute, value); found[name] = shade(); body.removeAttribute(attribute); }
   return found; }
+function narrow() {
+  document.body.style.width = "400px";
+  const found = [...document.querySelectorAll(".mf-report")].map(edges);
+  document.body.style.width = ""; return found; }
 function measure() {
   const root = document.documentElement;
   return {scroll: root.scrollWidth, width: root.clientWidth, texts: texts(),
@@ -303,7 +315,8 @@ function measure() {
     cells: [...document.querySelectorAll(".mf-report td")].map(
       td => [td.scrollWidth, td.clientWidth]),
     aligned: getComputedStyle(document.querySelector(".mf-report td")).textAlign,
-    chains: [...document.querySelectorAll(".mf-chain")].map(chain), themes: themes()}; }
+    chains: [...document.querySelectorAll(".mf-chain")].map(chain), themes: themes(),
+    narrow: narrow()}; }
 """
 # As JupyterLab styles tables in its outputs.
 JUPYTER = """<style>.jp-RenderedHTMLCommon { font-size: 14px; }
@@ -370,12 +383,26 @@ def test_every_wire_starts_and_ends_at_a_box_or_outside(seen: Any) -> None:
 
 
 @needs_browser
+def test_no_wire_goes_through_text_another_box_or_along_another_wire(seen: Any) -> None:
+    for chain in seen["chains"]:
+        wires = [{(round(x), round(y)) for x, y in wire["points"]} for wire in chain["wires"]]
+        for index, wire in enumerate(wires):
+            assert all(len(wire & other) <= 3 for other in wires[:index])  # They may cross.
+        for wire in chain["wires"]:
+            for x, y in wire["points"]:
+                assert not any(overlap([x, y, x, y], label) for label in chain["labels"])
+                inner = [[a + 1, b + 1, c - 1, d - 1] for a, b, c, d in chain["boxes"]]
+                assert not any(overlap([x, y, x, y], box) for box in inner)
+
+
+@needs_browser
 def test_nothing_is_wider_than_the_page(seen: Any) -> None:
     assert seen["scroll"] <= seen["width"]
     for left, _, right, _ in seen["reports"]:
         assert left >= 0
         assert right <= seen["width"]
     assert all(content <= width for content, width in seen["cells"])
+    assert all(right <= 412 for _, _, right, _ in seen["narrow"])  # With the margin.
 
 
 @needs_browser
