@@ -15,7 +15,8 @@ from .differences import Difference, between, combined, difference, differences
 from .errors import FusionError
 from .exact import seeded
 from .inventory import Found, members_of
-from .judging import Judgement, judge
+from .judging import judge
+from .statistics import Judgement
 from .structures import Leaf, fresh, frozen, leaves, same_bits
 from .verification import GroupVerification
 from .watching import Call, equal, following, noted, watched
