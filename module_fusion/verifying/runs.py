@@ -15,8 +15,9 @@ from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
 from .differences import Difference, between, combined, difference, differences
-from .judging import Judgement, judge
+from .judging import judge
 from .report import GroupVerification
+from .statistics import Judgement
 from .structures import Leaf, fresh, frozen, leaves, same_bits
 from .watching import Call, equal, following, noted, watched
 
