@@ -73,6 +73,11 @@ SIGNATURES = {
     ),
     "ModuleSpec": "(inputs: 'Sequence[str]', outputs: 'Sequence[str]' = ('_',)) -> 'None'",
     "FusionReport": "(groups: 'Sequence[GroupReport]' = <factory>) -> None",
+    "verify": (
+        "(model: 'nn.Module', /, *args: 'Any', method: 'str' = 'forward', "
+        "gradients: 'bool' = False, dtypes: 'Sequence[torch.dtype] | None' = None, "
+        "**kwargs: 'Any') -> 'VerificationReport'"
+    ),
 }
 
 
@@ -160,6 +165,7 @@ def test_every_public_function_has_its_signature_frozen() -> None:
         "register_family",
         "report",
         "unfuse_modules",
+        "verify",
     }
     assert functions < set(SIGNATURES)
 
