@@ -102,6 +102,16 @@ class MemberForm:
         what = "calls in a way of its own" if known else "a kernel for the member may not know"
         return f"{name} is a {cls.__module__}.{cls.__qualname__}, which {what}"
 
+    def why_never_plain(self) -> str | None:
+        """The reason why the member is plain at no call as long as it has this form, or None."""
+        name: str = original_of(self.parts[0].cls).__name__
+        if self.foreign is not None:
+            return name + self.foreign
+        for part in self.parts:
+            if part.effect is not None and part.effect.is_certain:
+                return f"{name}{part.name} {part.effect.what}"
+        return None
+
     def why_not_plain(self, member: nn.Module, role: str, weights: list[Tensor]) -> str | None:
         """The reason why the member is not plain, or None.
 
