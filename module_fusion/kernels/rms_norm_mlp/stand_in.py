@@ -111,7 +111,8 @@ def probing(what: nn.Module) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"a copy of {name} cannot be run: {error}") from error
+        text = f"a copy of {name} cannot be run: {type(error).__name__}: {error}"
+        raise Refused(text) from error
 
 
 def output_of(module: nn.Module, x: Tensor) -> Any:
