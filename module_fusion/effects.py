@@ -114,6 +114,11 @@ class Effect(NamedTuple):
     what: str
     happens: Callable[[Any], bool]
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether it happens at every call, whatever the settings of the module are."""
+        return self.happens is _always
+
 
 class _Findings(NamedTuple):
     """What the code of a function and all it calls does."""

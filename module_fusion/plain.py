@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
 from .effects import Effect, effect_of, settings_of
@@ -70,37 +71,22 @@ class MemberForm:
         cls = type(module)
         effect = effect_of(module, original_of(cls))
         if self.foreign is None:
-            self.foreign = self._why_foreign(module, name)
+            self.foreign = _why_foreign(module, name, self.home)
         settings = settings_of(module, original_of(cls))
         children = len(module._modules)
         self.parts.append(_Part(name, parent, key, cls, effect, settings, children, parameters))
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
 
-    def _why_foreign(self, module: nn.Module, name: str) -> str | None:
-        """Why a kernel that knows the member may not know this part of it.
-
-        Adapters and wrappers may be there already when the kernel takes its seat. What they
-        have in common: a weight that is computed, a layer inside, a class of another library,
-        or a torch layer whose `forward` was overridden.
-        """
-        cls = original_of(type(module))
-        holds_tensors = next(module.parameters(), None) is not None
-        holds_tensors = holds_tensors or next(module.buffers(), None) is not None
-        known = True
-        if (
-            isinstance(inspect.getattr_static(cls, "weight", None), property)
-            or "base_layer" in module._modules
-        ):
-            known = False
-        elif name and holds_tensors and not cls.__module__.startswith("torch.nn.modules."):
-            known = _library(cls.__module__) == _library(self.home) != "torch"
-            if _overrides_layer_of_torch(cls):
-                known = known and _package(cls.__module__) == _package(self.home)
-        if known and cls.__call__ is nn.Module.__call__:
-            return None
-        what = "calls in a way of its own" if known else "a kernel for the member may not know"
-        return f"{name} is a {cls.__module__}.{cls.__qualname__}, which {what}"
+    def why_never_plain(self) -> str | None:
+        """The reason why the member is plain at no call as long as it has this form, or None."""
+        name: str = original_of(self.parts[0].cls).__name__
+        if self.foreign is not None:
+            return name + self.foreign
+        for part in self.parts:
+            if part.effect is not None and part.effect.is_certain:
+                return f"{name}{part.name} {part.effect.what}"
+        return None
 
     def why_not_plain(self, member: nn.Module, role: str, weights: list[Tensor]) -> str | None:
         """The reason why the member is not plain, or None.
@@ -175,6 +161,49 @@ class MemberForm:
                 found += own["_buffers"].values()
         found = [tensor for tensor in found if tensor is not None]
         return len(found) == len(weights) and all(map(operator.is_, found, weights))
+
+
+def why_foreign(member: nn.Module) -> str | None:
+    """Why a kernel that knows the member may not know a part of it, None if it may.
+
+    Adapters and wrappers may be there already when the kernel takes its seat.
+    """
+    home = original_of(type(member)).__module__
+    for name, module in nn.Module.named_modules(member):  # Not the seat.
+        reason = _why_foreign(module, f".{name}" if name else "", home)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_foreign(module: nn.Module, name: str, home: str) -> str | None:
+    """The same for one module of a member that is of the package `home`.
+
+    What foreign parts have in common: a weight that is computed, a layer inside, a class of
+    another library, a torch layer whose `forward` was overridden, or generated code.
+    """
+    cls = original_of(type(module))
+    if isinstance(module, torch.fx.GraphModule):
+        return f"{name} is a graph, made by torch.fx or torch.export, which runs generated code"
+    if is_parametrized(module):
+        computed = " and ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"{name} has a parametrization, which computes its {computed} at each use"
+    holds_tensors = next(module.parameters(), None) is not None
+    holds_tensors = holds_tensors or next(module.buffers(), None) is not None
+    known = True
+    if (
+        isinstance(inspect.getattr_static(cls, "weight", None), property)
+        or "base_layer" in module._modules
+    ):
+        known = False
+    elif name and holds_tensors and not cls.__module__.startswith("torch.nn.modules."):
+        known = _library(cls.__module__) == _library(home) != "torch"
+        if _overrides_layer_of_torch(cls):
+            known = known and _package(cls.__module__) == _package(home)
+    if known and cls.__call__ is nn.Module.__call__:
+        return None
+    what = "calls in a way of its own" if known else "a kernel for the member may not know"
+    return f"{name} is a {cls.__module__}.{cls.__qualname__}, which {what}"
 
 
 def _library(module: str) -> str:

@@ -83,31 +83,37 @@ class FusedKernel(nn.Module):
         """Tell the members whether a kernel waits for them, and record their form for it."""
         states = [state_of(member) for member in self.members()]
         armed = None not in states and self.kernel is not None and not self.__dict__["_refusal"]
-        self.__dict__["_why_unprepared"] = self._prepare() if armed else None
+        forms = [MemberForm(member) for member in self.members()] if armed else []
+        self.__dict__["_why_unprepared"] = self._prepare(forms) if armed else None
         armed = armed and self._why_unprepared is None
-        for member, state in zip(self.members(), states, strict=True):
+        for index, state in enumerate(states):
             if state is None:
                 continue
             state.running = self.__dict__["_running"]
             state.armed += int(armed) - int(self.__dict__["_armed"])
             if armed:
-                state.form = MemberForm(member)
+                state.form = forms[index]
         self.__dict__["_armed"] = armed
         if armed:
-            forms = [state.form for state in states]  # type: ignore[union-attr]
             self.__dict__.update(
                 _capabilities=_capabilities(self.kernel),
-                _dtypes=set().union(*(form.dtypes for form in forms)),  # type: ignore[union-attr]
-                _device=_only(set().union(*(form.devices for form in forms))),  # type: ignore[union-attr]
-                _has_buffers=any(form.has_buffers for form in forms),  # type: ignore[union-attr]
+                _dtypes=set().union(*(form.dtypes for form in forms)),
+                _device=_only(set().union(*(form.devices for form in forms))),
+                _has_buffers=any(form.has_buffers for form in forms),
             )
 
-    def _prepare(self) -> str | None:
-        """Let the kernel look at its members; the reason why it cannot have them, or None."""
+    def _prepare(self, forms: Sequence[MemberForm]) -> str | None:
+        """Let the kernel look at its members; the reason why it cannot have them, or None.
+
+        It may run them as a trial, so it sees none that draws random numbers or writes somewhere.
+        """
         self.__dict__.pop("prepared", None)
         prepare = getattr(self.kernel, "prepare", None)
         if prepare is None:
             return None
+        reason = next((why for form in forms if (why := form.why_never_plain())), None)
+        if reason is not None:
+            return reason
         try:
             self.__dict__["prepared"] = prepare(*self.members())
         except ValueError as error:

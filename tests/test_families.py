@@ -14,6 +14,7 @@ from structure import structure
 from support import Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from module_fusion import (
     FusionError,
@@ -184,6 +185,28 @@ def test_a_norm_that_differs_for_other_inputs_is_refused(forward: Any) -> None:
     block = Block(32)
     block.norm = type("Wrong", (Norm,), {"forward": forward})(32)
     assert [group.action for group in fuse(block).groups] == ["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            parametrizations.weight_norm,
+            "proj has a parametrization, which computes its weight at each use",
+        ),
+        (
+            lambda conv: conv.to("meta"),
+            "proj.weight is on the meta device: load the weights, then fuse",
+        ),
+        (lambda conv: conv.double(), "its weight is in torch.float64, not float32, bfloat16 or "),
+    ],
+)
+def test_a_convolution_that_cannot_be_fused_is_reported_with_what_it_is(
+    change: Callable[[nn.Module], nn.Module], reason: str
+) -> None:
+    (group,) = fuse(nn.Sequential(change(nn.Conv2d(3, 8, 4, 4)))).groups
+    assert group.action == "skipped"
+    assert reason in str(group.reason)
 
 
 def test_what_a_global_function_is_now_counts_and_not_what_it_was(

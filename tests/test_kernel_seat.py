@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 from kernels import Mode, kernelize, use_kernel_forward_from_hub
 from structure import structure
-from support import PATHS, InMemoryRepository, Model, WeightKernel, mapped, members_kernel, runs
+from support import (
+    PATHS,
+    InMemoryRepository,
+    Model,
+    Norm,
+    WeightKernel,
+    mapped,
+    members_kernel,
+    runs,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -657,3 +667,31 @@ def test_a_class_that_calls_in_its_own_way_is_not_bypassed(model: Model, x: Tens
     assert "calls in a way of its own" in str(last_reasons(model)[0]) or "may not know" in str(
         last_reasons(model)[0]
     )
+
+
+class Preparing(WeightKernel):
+    """A kernel that runs its members once when it takes the seat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WeightKernel.forward(self, x)
+
+
+def run_once(norm: nn.Module, mlp: nn.Module) -> None:
+    mlp(norm(torch.zeros(1, 8)))
+
+
+setattr(Preparing.forward, "prepare", run_once)
+
+
+def test_a_kernel_is_not_shown_members_that_do_more_than_compute(x: Tensor) -> None:
+    class Drawing(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * random.random()
+
+    model = Model(1).to(x.device)
+    model.layers[0].norm = Drawing(8).to(x.device)
+    state = random.getstate()
+    with mapped(Preparing=Preparing):
+        fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Preparing")
+    assert random.getstate() == state
+    assert "Drawing uses random.random, and it is not known" in str(report(model).groups[0].reason)

@@ -615,7 +615,7 @@ def spoil(model: Any, how: str) -> str:
         return f"{what} was made in inference mode"
     assert how == "meta"
     mlp.to("meta")
-    return "mlp.gate_proj.weight cannot be packed: it is on meta, torch.strided"
+    return "mlp.gate_proj.weight is on the meta device: load the weights, then fuse"
 
 
 SPOILS = [

@@ -17,6 +17,7 @@ from ..exact import seeded
 from ..inventory import Found, row_of
 from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
+from ..plain import why_foreign
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
 from ..surgery import apply_jobs, check_arguments, forget_prepared, undo_chains
@@ -172,8 +173,7 @@ def _fuse_family(
     with code_read_once():
         for group in groups:
             end = id(group.modules[-1])
-            # Nothing is probed that draws random numbers, or writes somewhere, when it runs.
-            reason = _effect_in(group, family.roles) or family.is_fusable(group.modules)
+            reason = _why_untried(group, family.roles) or family.is_fusable(group.modules)
             if reason is None and end in fusable:
                 reason = f"{' -> '.join(fusable[end].paths)} ends in the same module"
             if reason is None:
@@ -237,15 +237,25 @@ def _plan(
     return first + _plan(model, family, groups[half:], rows)
 
 
-def _effect_in(group: Group, roles: Sequence[str]) -> str | None:
-    """What keeps the members from being run as a trial, None if nothing does."""
+def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
+    """What keeps the members from being run as a trial, None if nothing does.
+
+    Nothing is tried that draws random numbers, or writes somewhere, when it runs.
+    """
     if has_global_hooks():
         return "a global module hook is registered"
     for role, member in zip(roles, group.modules, strict=True):
+        foreign = why_foreign(member)
+        if foreign is not None:
+            return role + foreign
         for name, part in nn.Module.named_modules(member):  # Not the seat.
+            where = f"{role}.{name}" if name else role
             effect = effect_of(part, original_class(part))
             if effect is not None and effect.happens(part):
-                return f"{role}{'.' if name else ''}{name} {effect.what}"
+                return f"{where} {effect.what}"
+            for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+                if tensor is not None and tensor.is_meta:
+                    return f"{where}.{key} is on the meta device: load the weights, then fuse"
     return None
 
 

@@ -120,8 +120,10 @@ def assert_forward(seat: Seat, x: Tensor) -> None:
         assert_as_exact("output", seat(x), theirs, truth, independent(seat, x))
 
 
-def assert_gradients(seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor]) -> None:
-    """Output and every gradient: as exact as the members."""
+def outputs_and_gradients(
+    seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """What `run` gives, what the members give, and the exact value: output and gradients."""
     weights = seat.weights()
     wide = reference.Weights(
         *(w if w is None else w.detach().double().requires_grad_(w.requires_grad) for w in weights)
@@ -143,5 +145,11 @@ def assert_gradients(seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], 
     truth = gradients(lambda z: seat.truth(z, wide), wide, x.double(), dy.double())
     theirs = gradients(lambda z: seat.mlp(seat.norm(z)), weights, x, dy)
     ours = gradients(run, weights, x, dy)
-    for name, *tensors in zip(["output", "x", *names], ours, theirs, truth, strict=True):
+    values = zip(ours, theirs, truth, strict=True)
+    return dict(zip(["output", "x", *names], values, strict=True))
+
+
+def assert_gradients(seat: Seat, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+    """Output and every gradient: as exact as the members."""
+    for name, tensors in outputs_and_gradients(seat, x, dy, run).items():
         assert_as_exact(name, *tensors, independent(seat, x))

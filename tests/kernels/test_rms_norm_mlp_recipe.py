@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -157,7 +158,9 @@ FAKES: dict[str, Callable[[Tensor, float], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAKES)
 def test_what_only_looks_like_an_rms_norm_is_refused(name: str, dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=r"something else than an RMSNorm|cannot be run"):
+    with pytest.raises(
+        ValueError, match=r"something else than an RMSNorm|cannot be run|draws random numbers"
+    ):
         prepare(Fake(FAKES[name]).to(dtype), mlp_of(H, I).to(dtype))
 
 
@@ -287,6 +290,48 @@ def test_probing_leaves_members_and_random_state_alone() -> None:
     assert [dict(module.__dict__) for module in (norm, mlp, mlp.a)] == attributes
     for name, value in mlp.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("draws", ["always", "in training"])
+def test_nobody_s_random_numbers_are_used_up_or_put_back_by_probing(
+    draws: str,
+) -> None:
+    """Another thread may draw while a member is probed: its numbers stay drawn, and only they."""
+    recipe._RECIPES.clear()
+    seen: list[Tensor] = []
+
+    def compute(mlp: Any, x: Tensor) -> Tensor:
+        # The numbers of someone else, drawn meanwhile, are no operation of the member.
+        thread = threading.Thread(target=lambda: seen.append(torch.rand(1)))
+        thread.start()
+        thread.join()
+        trains = mlp.training if draws == "in training" else True
+        return F.dropout(mlp.b(F.silu(mlp.c(x)) * mlp.a(x)), 0.1, trains)
+
+    norm, mlp = NORMS["early"](H), Gated(compute)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        prepare(norm, mlp)
+    seen.append(torch.rand(1))
+    torch.manual_seed(0)
+    assert seen == [torch.rand(1) for _ in seen]
+    assert len(seen) > 1
+
+
+def test_a_generator_that_a_member_keeps_is_not_used_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+
+    class Noisy(llama.LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            noise = torch.randn(hidden_states.shape, generator=self.generator)
+            return super().forward(hidden_states) + noise
+
+    norm = Noisy(H)
+    norm.generator = generator
+    with pytest.raises(ValueError, match="Noisy draws random numbers"):
+        prepare(norm, mlp_of(H, I))
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_a_swapped_class_is_probed_as_the_original() -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .stand_in import Refused, original_class, probing, relative_error, stand_in
+from .stand_in import (
+    DrawsRandomNumbers,
+    Refused,
+    original_class,
+    output_of,
+    probing,
+    relative_error,
+    stand_in,
+)
 
 # In float64: above what a cast to float32 inside the module costs (6e-8), and far below what
 # exact and tanh GELU differ by (1e-4), the nearest two of the candidates.
@@ -73,7 +81,7 @@ def prove(mlp: nn.Module, projections: list[Projections], dtype: torch.dtype) ->
     try:
         with probing(mlp):
             return _find(mlp, projections, dtype, real=False)
-    except _WrongResult:
+    except (_WrongResult, DrawsRandomNumbers):
         raise
     except Refused:
         # A forward may name its real sizes.
@@ -94,7 +102,7 @@ def _find(
     sizes = _sizes(projections[0], real)
     x = _rows((0.1, 1.0, 10.0, 1000.0), sizes[projections[0].hidden], torch.float64)
     module = _stand_in(mlp, sizes, torch.float64)
-    output = module.eval()(x)
+    output = output_of(module.eval(), x)
     if type(output) is not Tensor:
         raise _WrongResult(f"{name} returns a {type(output).__name__}")
     for roles, gate_first, activation in product(projections, (True, False), reference.ACTIVATIONS):
@@ -107,7 +115,7 @@ def _find(
         raise _WrongResult(
             f"{name} computes something else than down(act(gate(x)) * up(x)) with SiLU or GELU"
         )
-    if not torch.equal(module.train()(x), output):
+    if not torch.equal(output_of(module.train(), x), output):
         raise _WrongResult(f"{name} computes something else in training mode, such as a dropout")
     _check_rounding(name, _stand_in(mlp, sizes, dtype), found, sizes[projections[0].hidden])
     return found
@@ -117,7 +125,7 @@ def _check_rounding(name: str, module: nn.Module, found: FoundMLP, hidden: int) 
     """Refuse a module that is more exact in its dtype than the formula with its roundings."""
     dtype = next(module.parameters()).dtype
     x = _rows((0.1, 1.0, 3.0), hidden, dtype, count=32)
-    output, own = module.eval()(x), _formula(module, found, x)
+    output, own = output_of(module.eval(), x), _formula(module, found, x)
     truth = _formula(module.double(), found, x.double())
     error, own_error = ((value.double() - truth).norm() / truth.norm() for value in (output, own))
     if output.dtype != dtype or not own_error <= 1.05 * error + 0.05 * torch.finfo(dtype).eps:

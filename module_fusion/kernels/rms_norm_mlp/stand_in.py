@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _OWN = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -102,16 +103,47 @@ def stand_in(
 
 @contextmanager
 def probing(what: nn.Module) -> Iterator[None]:
-    """Run probes: no gradients, no trace in the random state, any error is a refusal."""
-    devices: list[int] = []
+    """Run probes: no gradients, any error is a refusal."""
     name = original_class(what).__name__
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"a copy of {name} cannot be run: {error}") from error
+        text = f"a copy of {name} cannot be run: {type(error).__name__}: {error}"
+        raise Refused(text) from error
+
+
+def output_of(module: nn.Module, x: Tensor) -> Any:
+    """What a stand-in gives for `x`, unless it would draw random numbers.
+
+    Random numbers belong to whoever draws them next, in any thread, so they can be neither used
+    up nor put back. The first run ends before the operation that draws. The second is the one
+    that counts: some operations of torch round differently where they are watched.
+    """
+    with _Watching(module):
+        module(x)
+    return module(x)
+
+
+class DrawsRandomNumbers(Refused):
+    """A member draws random numbers when it runs."""
+
+
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.module = module
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            name = original_class(self.module).__name__
+            when = " in training mode" if self.module.training else ""
+            raise DrawsRandomNumbers(f"{name} draws random numbers{when}, in {func}")
+        return func(*args, **(kwargs or {}))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> Tensor:

@@ -164,12 +164,23 @@ def backward(
     if need_x or need_norm:
         dh_MH = torch.mm(dgate, weights.gate)
         if weights.up is not None:
-            dh_MH = torch.addmm(dh_MH, dup, weights.up)
+            dh_MH = _plus_product(dh_MH, dup, weights.up)
         dx_MH, found[1] = _rms_norm_gradients(
             dh_MH, x_MH, rstd_M, weights.norm, options, need_x, need_norm
         )
         found[0] = None if dx_MH is None else dx_MH.view(x.shape)
     return found
+
+
+def _plus_product(sum_MH: Tensor, a_MI: Tensor, b_IH: Tensor) -> Tensor:
+    """`sum + a @ b`, as exact as two products and a sum; `sum` is used up.
+
+    In float32 a product may go on from `sum`, which is then rounded once per term; half
+    precision is summed in float32, and rounded once less when the sum is part of the product.
+    """
+    if sum_MH.dtype == torch.float32:
+        return sum_MH.add_(torch.mm(a_MI, b_IH))
+    return torch.addmm(sum_MH, a_MI, b_IH)
 
 
 def _gated_gradients(

@@ -41,8 +41,10 @@ def reciprocal_root(sum_of_squares, n, eps):
 def _exp(x):
     """As exact as torch's: `tl.exp` loses digits in `x * log2(e)` for large `x`.
 
-    The integer part of the power of two is split off first (Cody and Waite 1980).
+    The integer part of the power of two is split off first (Cody and Waite 1980). Beyond 150
+    it is 0 or inf, and there the rest is no small number any more.
     """
+    x = tl.minimum(tl.maximum(x, -150.0), 150.0)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = tl.fma(n, -1.428606765330187e-06, tl.fma(n, -0.693145751953125, x))
     return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
@@ -75,15 +77,18 @@ def activation(g, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _sigmoid_and_rest(t, EXACT: tl.constexpr):
-    """`sigmoid(t)` and `1 - sigmoid(t)`, neither from a difference that cancels."""
+    """`sigmoid(t)` and `1 - sigmoid(t)`.
+
+    The difference is taken where it hardly cancels: its error then has the sign opposite to
+    that of the sigmoid's, and the two make up for each other in the derivatives below.
+    """
     if EXACT:
         small = _exp(-tl.abs(t))
-        large = tl.div_rn(1.0, 1.0 + small)
+        s = tl.div_rn(tl.where(t < 0, small, 1.0), 1.0 + small)
     else:
         small = tl.exp(-tl.abs(t))
-        large = 1.0 / (1.0 + small)
-    small *= large
-    return tl.where(t < 0, small, large), tl.where(t < 0, large, small)
+        s = tl.where(t < 0, small, 1.0) / (1.0 + small)
+    return s, tl.where(t < 2, 1.0 - s, small * s)
 
 
 @triton.jit
@@ -91,11 +96,11 @@ def activation_derivative(g, ACT: tl.constexpr, EXACT: tl.constexpr):
     """The derivative of `activation` at `g`, in float32."""
     if ACT == "silu":
         s, rest = _sigmoid_and_rest(g, EXACT)
-        slope = s * (1.0 + g * rest)
+        slope = tl.fma(g * s, rest, s)
     elif ACT == "gelu_tanh":
         t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         s, rest = _sigmoid_and_rest(t, EXACT)
-        slope = s * (1.0 + g * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
+        slope = tl.fma(g * s * rest, 1.5957691216057308 * (1.0 + 0.134145 * g * g), s)
     else:
         density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
         slope = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
