@@ -1,0 +1,8 @@
+"""Architectures of different block topologies, for the tests."""
+
+from __future__ import annotations
+
+SUBSET = (
+    "llama",
+    "bert",
+)
