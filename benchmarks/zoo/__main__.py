@@ -38,14 +38,15 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        import worker
+        from zoo import worker
 
         worker.main()
         return
-    from build import architectures
-    from subset import SUBSET
-    from sweep import read, sweep
     from tqdm import tqdm
+
+    from zoo.build import architectures
+    from zoo.subset import SUBSET
+    from zoo.sweep import read, sweep
 
     names = list(SUBSET) if options.subset else architectures()
     if options.only:
@@ -66,7 +67,7 @@ def main() -> None:
 
         sweep(names, options.results, options.jobs, options.limit_seconds, progress)
     if options.table:
-        import table
+        from zoo import table
 
         table.write(read(options.results), RESULTS)
 

@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 import transformers
-from exceptions import CONFIGS
-from inputs import Inputs, candidates
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from .exceptions import CONFIGS
+from .inputs import Inputs, candidates
+
 logging.set_verbosity_error()
 
-LARGEST = 12_000_000  # Parameters of a model that is still called tiny.
+LARGEST = 32_000_000  # Parameters of a model that is still called tiny.
 # In what order the classes of an architecture are tried: the first one that runs is taken.
 KINDS = (
     "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM",
@@ -55,7 +56,11 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_queries|num_latents|query_tokens|object_queries", 8),
     (r"image_seq_length|num_patches", 16),
 )  # fmt: skip
-FIXED = re.compile(r"num_channels|in_channels|state_dim|act_dim|kernel|audio_channels|input_channels")
+# Sizes that some configs leave to their checkpoints.
+UNSET = {"vocab_size": 128, "head_dim": 8, "num_key_value_heads": 4, "pad_token_id": 0}
+FIXED = re.compile(
+    r"num_channels|in_channels|state_dim|act_dim|kernel|audio_channels|input_channels"
+)
 COARSE = re.compile(r"layers?$|^depth$|vocab_size|positions|position_embeddings|experts$")
 KEPT = re.compile(
     r"heads?$|n_head|kv_heads|layers?$|depth$|vocab|token|_id$|_index|_idx|image_size|patch|kernel|"
@@ -85,7 +90,9 @@ def classes_of(model_type: str) -> list[str]:
     """The names of its model classes, the one with most of the model first."""
     found: dict[str, None] = {}
     names = [f"MODEL_FOR_{kind}_MAPPING_NAMES" if kind else "MODEL_MAPPING_NAMES" for kind in KINDS]
-    names += sorted(name for name in vars(modeling_auto) if re.match("MODEL_.*_MAPPING_NAMES", name))
+    names += sorted(
+        name for name in vars(modeling_auto) if re.match("MODEL_.*_MAPPING_NAMES", name)
+    )
     for name in names:
         entry = getattr(modeling_auto, name).get(model_type, ())
         found.update(dict.fromkeys([entry] if isinstance(entry, str) else entry))
@@ -224,7 +231,11 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
     for name in sub_configs:
         inner = _get(default, name)
         known = fixed.get(name, {})
-        if isinstance(inner, PreTrainedConfig) and dataclasses.is_dataclass(inner) and isinstance(known, dict):
+        if (
+            isinstance(inner, PreTrainedConfig)
+            and dataclasses.is_dataclass(inner)
+            and isinstance(known, dict)
+        ):
             values[name] = small(type(inner), shrunk, known)
     _agree(cls, values, default, shrunk)
     values.update({k: v for k, v in fixed.items() if k not in sub_configs})
@@ -232,7 +243,9 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
 
 
 def _configs_in(config: Any) -> list[str]:
-    return [k for k, v in getattr(config, "__dict__", {}).items() if isinstance(v, PreTrainedConfig)]
+    return [
+        k for k, v in getattr(config, "__dict__", {}).items() if isinstance(v, PreTrainedConfig)
+    ]
 
 
 def _get(config: Any, name: str) -> Any:
@@ -263,6 +276,8 @@ def _agree(cls: Any, values: dict[str, Any], default: Any, shrunk: str) -> None:
     for name in ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"):
         if _get(default, name):
             values[name] = 4
+    if shrunk == "all":
+        values.update({k: v for k, v in UNSET.items() if default and _get(default, k) is None})
     names = {field.name for field in dataclasses.fields(cls)}
     for name in list(values):
         if name not in names:

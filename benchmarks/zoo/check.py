@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from build import Built, run, seed
-from flat import flat, gradients_of, relative_error, same_bits
-from order import called_pairs, norm_and_mlp_pairs
 from structure import structure
 from support import mapped, members_kernel, runs
 from torch import Tensor, nn
 
 from module_fusion import FusionError, fuse, fuse_modules, report, unfuse_modules
 from module_fusion.spec import forward_signature, infer_specs, make_plan
+
+from .build import Built, run, seed
+from .flat import flat, gradients_of, relative_error, same_bits
+from .order import called_pairs, norm_and_mlp_pairs
 
 LIMIT = 1.1
 Pair = tuple[str, str]
@@ -73,7 +74,7 @@ def pairs_of(built: Built) -> list[tuple[Pair, bool]]:
     Pairs that lie in some of the blocks only are named without wildcards.
     """
     called = called_pairs(built)
-    pairs = {pair: True for pair in called}
+    pairs = dict.fromkeys(called, True)
     for pair in norm_and_mlp_pairs(built.model):
         pairs.setdefault(pair, False)
     modules = dict(built.model.named_modules())

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from build import Built, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from .build import Built, run
 
 _ACTIVATIONS = (
     F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), F.relu, torch.sigmoid, torch.tanh,
@@ -198,4 +199,6 @@ def _linear(x: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor | None:
 
 def share(found: int, there: int) -> str:
     """`found` of `there`, with percent."""
-    return f"{found} of {there}" + (f" ({math.floor(1000 * found / there) / 10} %)" if there else "")
+    return f"{found} of {there}" + (
+        f" ({math.floor(1000 * found / there) / 10} %)" if there else ""
+    )

@@ -6,10 +6,11 @@ import zlib
 from typing import Any
 
 import torch
-from build import Built, seed
-from check import Expected, Fault, all_families, fused_by_path
-from flat import flat, relative_error, same_bits
 from structure import structure
+
+from .build import Built, seed
+from .check import Expected, Fault, all_families, fused_by_path
+from .flat import flat, relative_error, same_bits
 
 NEW_TOKENS = 8
 Pair = tuple[str, str]

@@ -23,7 +23,9 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
     required = [
         name
         for name, p in parameters.items()
-        if name != "self" and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if name != "self"
+        and p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
     names = {main: None, **dict.fromkeys(required)}
     text = [n for n in ("input_ids", "decoder_input_ids", "bbox") if n in parameters]
@@ -131,7 +133,7 @@ def _features(config: Any) -> list[Tensor]:
     frames = 2 * min(positions, 1500)
     return [
         _randn(BATCH, bins, frames), _randn(BATCH, frames, bins), _randn(BATCH, 64, bins),
-        _randn(BATCH, bins, 64),
+        _randn(BATCH, bins, 64), _randn(BATCH, 1, 1024, 64), _randn(BATCH, 96, 80),
     ]  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from build import Built, run
 from torch import nn
+
+from .build import Built, run
 
 NORM = re.compile("norm|^ln", re.IGNORECASE)
 MLP = re.compile("mlp|ffn|feed|ff$|intermediate|moe|dense|expert|fc", re.IGNORECASE)

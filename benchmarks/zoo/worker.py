@@ -10,11 +10,10 @@ import time
 import warnings
 from typing import Any
 
-import build
-import discover
-import extras
 import torch
-from check import Fault, check, expectation
+
+from . import build, discover, extras
+from .check import Fault, check, expectation
 
 MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
 COMPILED = 8  # One architecture in so many is compiled too.
