@@ -231,11 +231,7 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
     for name in sub_configs:
         inner = _get(default, name)
         known = fixed.get(name, {})
-        if (
-            isinstance(inner, PreTrainedConfig)
-            and dataclasses.is_dataclass(inner)
-            and isinstance(known, dict)
-        ):
+        if isinstance(inner, PreTrainedConfig) and isinstance(known, dict):
             values[name] = small(type(inner), shrunk, known)
     _agree(cls, values, default, shrunk)
     values.update({k: v for k, v in fixed.items() if k not in sub_configs})
@@ -263,9 +259,9 @@ def _agree(cls: Any, values: dict[str, Any], default: Any, shrunk: str) -> None:
         if kinds and name in values:
             values[name] = len(kinds)
     heads = _get(default, "num_attention_heads")
-    if shrunk in ("all", "but images"):
-        if heads is not None and _get(default, "num_key_value_heads") == heads:
-            values["num_key_value_heads"] = 4
+    ungrouped = heads is not None and _get(default, "num_key_value_heads") == heads
+    if ungrouped and shrunk in ("all", "but images"):
+        values["num_key_value_heads"] = 4
     if shrunk == "all" and "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
         values["rope_parameters"] = {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],

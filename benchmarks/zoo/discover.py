@@ -199,6 +199,5 @@ def _linear(x: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor | None:
 
 def share(found: int, there: int) -> str:
     """`found` of `there`, with percent."""
-    return f"{found} of {there}" + (
-        f" ({math.floor(1000 * found / there) / 10} %)" if there else ""
-    )
+    percent = f" ({math.floor(1000 * found / there) / 10} %)" if there else ""
+    return f"{found} of {there}{percent}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 SUBSET = (
     # Norm, attention, norm, MLP; norms around both; parallel; norm after.
-    "llama", "qwen3", "gemma2", "phi3", "glm4", "olmo2", "cohere", "gptj", "gpt_neox",
-    "falcon", "stablelm", "persimmon", "nemotron", "opt", "xglm", "ctrl",
+    "llama", "qwen3", "gemma2", "phi3", "glm4", "olmo2", "cohere", "gptj", "gpt_neox", "falcon",
+    "stablelm", "persimmon", "nemotron", "opt", "xglm", "ctrl",
     # Experts, recurrences and convolutions.
-    "mixtral", "qwen2_moe", "deepseek_v3", "zaya", "minimax", "mamba", "jamba", "qwen3_next", "rwkv",
+    "mixtral", "qwen2_moe", "deepseek_v3", "zaya", "minimax", "mamba", "jamba", "qwen3_next",
+    "rwkv",
     # Encoders, and encoders with decoders.
     "bert", "albert", "deberta-v2", "modernbert", "xlnet", "t5", "bart", "prophetnet",
     # Images, sound, and several at once.
