@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import logging
 
 from .exceptions import CONFIGS
@@ -82,8 +82,13 @@ class Unbuildable(Exception):
 
 
 def architectures() -> list[str]:
-    """Every model type; towers and text models of larger ones have their own."""
-    return list(CONFIG_MAPPING)
+    """Every model type, one of each kind first; towers and text models have types of their own."""
+    known: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    for name in CONFIG_MAPPING:
+        module = model_type_to_module_name(name)
+        ranks[name] = known[module] = known.get(module, 0) + 1
+    return sorted(ranks, key=lambda name: min(ranks[name], 2))
 
 
 def classes_of(model_type: str) -> list[str]:

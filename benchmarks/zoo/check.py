@@ -193,9 +193,10 @@ def _first_match(model: nn.Module, path: str) -> str:
 
 
 def _compare(built: Built, expected: Expected, how: str) -> dict[str, Any]:
-    found = flat(run(built.model, built.inputs))
-    if not same_bits(found, expected.outputs):
-        raise Fault(f"outputs differ {how}: {_distance(found, expected.outputs)}")
+    if how == "with a kernel" or expected.gradients is None:
+        found = flat(run(built.model, built.inputs))
+        if not same_bits(found, expected.outputs):
+            raise Fault(f"outputs differ {how}: {_distance(found, expected.outputs)}")
     if expected.gradients is not None:
         seed()
         outputs, gradients = gradients_of(built.model, built.inputs)

@@ -174,6 +174,8 @@ MADE: dict[str, Callable[[Any], list[Any]]] = {
     "input_features": _features,
     "input_values": _waves,
     "past_values": _series,
+    "past_time_features": lambda config: [torch.zeros(*_series(config)[1].shape, 0)],
+    "past_observed_mask": lambda config: [torch.ones(_series(config)[1].shape)],
     "spectrogram": _features,
     "qformer_input_ids": lambda config: _ids(config)[:1],
     "flattened_patches": lambda config: [
