@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="PATTERN", help="model types that match, as in a shell")
     parser.add_argument("--subset", choices=["ci"], help="the architectures of the tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
-    parser.add_argument("--limit-seconds", type=float, default=90, help="for one architecture")
+    parser.add_argument("--limit-seconds", type=float, default=60, help="processor time for each")
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="lines of JSON")
     parser.add_argument("--again", action="store_true", help="also those that are done")
     parser.add_argument("--retry", action="store_true", help="also those that were not checked")

@@ -140,7 +140,12 @@ def is_rms_norm(module: nn.Module, shape: torch.Size) -> bool:
 
 def is_gated_mlp(module: nn.Module, shape: torch.Size) -> bool:
     """Whether it computes `down(act(gate(x)) * up(x))` with matrices of its own."""
-    x = torch.randn(16, shape[-1], generator=torch.Generator().manual_seed(6))
+    small = torch.randn(16, shape[-1], generator=torch.Generator().manual_seed(6))
+    # Large ones show a clamp.
+    return _is_gated_mlp_on(small, module, shape) and _is_gated_mlp_on(1e3 * small, module, shape)
+
+
+def _is_gated_mlp_on(x: Tensor, module: nn.Module, shape: torch.Size) -> bool:
     out = _output(module, x, shape)
     if out is None or any(p.dim() > 2 for p in module.parameters()):
         return False

@@ -13,6 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LARGE = 2 << 30  # Memory after which a process is replaced.
+PATIENCE = 10  # How many times its processor time an architecture may take by the clock.
 
 
 def sweep(
@@ -24,7 +25,7 @@ def sweep(
         architectures: model types.
         results: a file of JSON lines, added to as each architecture is done.
         jobs: processes at once.
-        seconds: time for one architecture; its process is ended at twice that.
+        seconds: processor time for one architecture, after which no further pair is begun.
         progress: called with each result.
     """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -86,7 +87,7 @@ class Worker:
             late.set()
             process.kill()
 
-        timer = threading.Timer(2 * seconds + 30, end)
+        timer = threading.Timer(PATIENCE * seconds, end)
         timer.start()
         try:
             process.stdin.write(json.dumps([architecture, seconds]) + "\n")
@@ -101,7 +102,7 @@ class Worker:
             return found
         status = "out of time" if late.is_set() else "crashed"
         code = process.wait()
-        error = f"ended after {2 * seconds + 30:.0f} s" if late.is_set() else f"exit code {code}"
+        error = f"ended after {PATIENCE * seconds:.0f} s" if late.is_set() else f"exit code {code}"
         return {"architecture": architecture, "status": status, "error": error}
 
     def end(self) -> None:
