@@ -10,12 +10,13 @@ import linecache
 import sys
 import textwrap
 from functools import lru_cache
-from types import CodeType, FrameType, FunctionType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import get_ignored_functions
 
-from .bytecode import Load, callees_of, layers_of, loads_in, self_of
+from .bytecode import Load, callees_of, is_of_torch, layers_of, loads_in, self_of
 
 # An `isinstance` with these alone is false of a tensor and of a value that stands for one.
 _NOT_TENSORS = frozenset(
@@ -155,6 +156,35 @@ def types_asked_for(frame: FrameType) -> Any:
     if frame.f_code.co_name == "__instancecheck__":
         # A metaclass in Python, as those of Parameter and of the abstract base classes.
         return frame.f_locals[frame.f_code.co_varnames[0]]
+    call = _call_at(frame)
+    try:
+        if call is not None and _value_of(call.func, frame) is isinstance:
+            return _value_of(call.args[1], frame)
+    except (LookupError, AttributeError, TypeError):
+        pass
+    return None
+
+
+def is_calling_torch(frame: FrameType) -> bool:
+    """Whether a frame is at the call of an operation of torch that asks for `__torch_function__`.
+
+    Such an operation may ask first if its argument is a number.
+    """
+    call = _call_at(frame)
+    try:
+        function = None if call is None else _value_of(call.func, frame)
+    except (LookupError, AttributeError, TypeError):
+        return False
+    if not isinstance(function, BuiltinFunctionType):
+        return False
+    if isinstance(function.__self__, Tensor):
+        return True
+    is_operation = is_of_torch(function) or "_VariableFunctions" in function.__qualname__
+    return is_operation and function not in get_ignored_functions()
+
+
+def _call_at(frame: FrameType) -> ast.Call | None:
+    """The call a frame is at, None if it cannot be told."""
     if not hasattr(frame.f_code, "co_positions"):
         return None
     first, last, start, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
@@ -165,14 +195,11 @@ def types_asked_for(frame: FrameType) -> Any:
     ]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][start:]
-    source = b"".join(lines).decode().strip()
     try:
-        call = ast.parse(source, mode="eval").body
-        if isinstance(call, ast.Call) and _value_of(call.func, frame) is isinstance:
-            return _value_of(call.args[1], frame)
-    except (SyntaxError, LookupError, AttributeError, TypeError):
-        pass
-    return None
+        call = ast.parse(b"".join(lines).decode().strip(), mode="eval").body
+    except SyntaxError:
+        return None
+    return call if isinstance(call, ast.Call) else None
 
 
 def _value_of(node: ast.expr, frame: FrameType) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .code import is_reading_class, types_asked_for
+from .code import is_calling_torch, is_reading_class, types_asked_for
 from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
@@ -253,6 +253,8 @@ class DeferredOutput:
             return type(value)
         if is_reading_class(frame):
             return type(value)
+        if is_calling_torch(frame):
+            return DeferredOutput  # It goes on to `__torch_function__`.
         asked = types_asked_for(frame)
         if asked is not None and all(map(_asks_in_python, _flat(asked))):
             return type(value) if isinstance(value, asked) else DeferredOutput

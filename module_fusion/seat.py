@@ -230,12 +230,16 @@ def seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKer
     )
     cls = _SEATS.get(key)
     if cls is None:
+        count = len(plan.signature.parameters)
 
         def forward(self: FusedKernel, *args: Any, **kwargs: Any) -> Any:
             """The chain itself: every member, one after the other, as itself."""
-            bound = self._plan.signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            inputs = list(bound.arguments.values())
+            inputs = list(args)
+            if kwargs or len(args) != count:
+                # torch.compile does not trace this where the model has written to a dict.
+                bound = self._plan.signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                inputs = list(bound.arguments.values())
             return run_members(self._plan, self.members(), call_as_itself, inputs)
 
         first = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import PATHS, Model, WeightKernel, mapped, members_kernel, runs
+from support import PATHS, Block, Model, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
@@ -273,3 +273,26 @@ def test_modes_entered_between_capture_and_use_are_an_error_or_the_same(x: Tenso
         fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
     with pytest.raises(DeferredUseError, match="TorchDispatchMode"):
         model(x)
+
+
+class Counting(Block):
+    """Writes to a dict that was there before, as caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen["calls"] = 1
+        return super().forward(x)
+
+
+def test_a_kernel_that_falls_back_to_the_members_compiles_where_the_block_writes_to_a_dict(
+    x: Tensor,
+) -> None:
+    model = nn.Sequential(Counting()).to(x.device)
+    with torch.no_grad():
+        expected = model(x)
+        with mapped(Kernel=members_kernel(1)):
+            fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)

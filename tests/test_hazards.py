@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -731,6 +732,37 @@ def test_other_questions_are_answered_as_the_real_value_would(x: Tensor, ask: An
     expected = model(x)
     fuse(model)
     assert torch.equal(model(x), expected)
+
+
+def raised(h: Any, x: Tensor) -> Tensor:
+    return torch.pow(h, 2)
+
+
+def chosen(h: Any, x: Tensor) -> Tensor:
+    return torch.where(x > 0, h, 0.0)
+
+
+def left_over(h: Any, x: Tensor) -> Tensor:
+    return torch.remainder(h, 2.0)
+
+
+def widened(h: Any, x: Tensor) -> Tensor:
+    return torch.float_power(h, 2).to(x.dtype)
+
+
+@pytest.mark.parametrize("operation", [raised, chosen, left_over, widened])
+def test_an_operation_that_asks_first_if_it_got_a_number_is_given_the_real_value(
+    x: Tensor, operation: Any
+) -> None:
+    model = model_of(lambda self, x: x + self.mlp(operation(self.norm(x), x)), x.device)
+    expected = gradients(model, x)
+    fuse(model)
+    if sys.version_info < (3, 11):
+        with pytest.raises(DeferredUseError, match="cannot be read"):
+            model(x)
+        return
+    assert_same(gradients(model, x), expected)
+    assert path_of(model)[:2] == (0, 1)
 
 
 @pytest.mark.parametrize("where", ["parent", "helper", "module"])

@@ -1,0 +1,1 @@
+"""Every architecture of transformers, tiny: whatever is fused, nothing may change."""

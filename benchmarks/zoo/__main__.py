@@ -1,0 +1,76 @@
+"""Every architecture of transformers, tiny: whatever is fused, nothing may change.
+
+Builds each model type from a small config with random weights, fuses every pair of modules that
+are called one after the other and every norm-like and MLP-like siblings, without a kernel and
+with one that runs the members, and compares outputs and gradients to the bit; then `fuse`.
+Results go to a file as they come, so that an interrupted sweep goes on where it was.
+
+    python benchmarks/zoo --jobs 2
+    python benchmarks/zoo --only 'qwen*' --results /tmp/qwen.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
+
+RESULTS = HERE.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="PATTERN", help="model types that match, as in a shell")
+    parser.add_argument("--subset", choices=["ci"], help="the architectures of the tests")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    parser.add_argument("--limit-seconds", type=float, default=60, help="processor time for each")
+    parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="lines of JSON")
+    parser.add_argument("--again", action="store_true", help="also those that are done")
+    parser.add_argument("--retry", action="store_true", help="also those that were not checked")
+    parser.add_argument("--table", action="store_true", help="write results/zoo.md and zoo.json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        from zoo import worker
+
+        worker.main()
+        return
+    from tqdm import tqdm
+
+    from zoo.build import architectures
+    from zoo.subset import SUBSET
+    from zoo.sweep import read, sweep
+
+    names = list(SUBSET) if options.subset else architectures()
+    if options.only:
+        names = fnmatch.filter(names, options.only)
+    done = {
+        row["architecture"]
+        for row in read(options.results)
+        if not options.again and (row["status"] == "checked" or not options.retry)
+    }
+    names = [name for name in names if name not in done]
+    with tqdm(total=len(names), unit="architecture") as bar:
+
+        def progress(result: dict[str, object]) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{result['architecture']}: {result['status']}")
+            for fault in result.get("faults", ()):  # type: ignore[attr-defined]
+                bar.write(f"FAULT {result['architecture']}: {fault['what']}: {fault['fault']}")
+
+        sweep(names, options.results, options.jobs, options.limit_seconds, progress)
+    if options.table:
+        from zoo import table
+
+        table.write(read(options.results), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Inputs that a model may take, by the names of the parameters of its `forward`."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+BATCH, TOKENS = 2, 6
+MOST = 16  # Combinations that are tried.
+
+
+def candidates(model: nn.Module) -> Iterator[Inputs]:
+    """Inputs to try, those that use most of the model first."""
+    parameters = inspect.signature(type(model).forward).parameters
+    config: Any = model.config
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    required = [
+        name
+        for name, p in parameters.items()
+        if name != "self"
+        and p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    names = {main: None, **dict.fromkeys(required)}
+    text = [n for n in ("input_ids", "decoder_input_ids", "bbox") if n in parameters]
+    rich = {**names, **dict.fromkeys(text)}
+    seen = [n for n in ("pixel_values", "input_features", "input_values") if n in parameters]
+    choices = [
+        [*rich, *seen, *(n for n in ("grid_thw", "image_grid_thw") if n in parameters)],
+        [*rich, *seen],
+        [*rich, *seen, "qformer_input_ids"],
+        list(rich),
+        list(names),
+        [n for n in ("input_ids", "decoder_input_ids") if n in parameters],
+    ]
+    known = dict.fromkeys(tuple(n for n in choice if n in parameters) for choice in choices)
+    for choice in known:
+        if choice and all(name in MADE for name in choice):
+            made = [MADE[name](config) for name in choice]
+            for values in itertools.islice(itertools.product(*made), MOST):
+                yield dict(zip(choice, values, strict=True))
+
+
+def found(config: Any, *names: str, default: Any = None) -> Any:
+    """The first of these settings that a config or a config in it has."""
+    pending = [config]
+    while pending:
+        here = pending.pop(0)
+        for name in names:
+            value = getattr(here, name, None)
+            if value is not None and not callable(value):
+                return value
+        pending += [v for v in vars(here).values() if hasattr(v, "model_type")]
+    return default
+
+
+def _number(config: Any, default: int, *names: str) -> int:
+    value = found(config, *names, default=default)
+    return value if isinstance(value, int) else default
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator())
+
+
+def _ids(config: Any) -> list[Tensor]:
+    top = min(int(found(config, "vocab_size", default=64)), 64)
+    ids = torch.randint(3, max(top, 5), (BATCH, TOKENS), generator=_generator())
+    codebooks = found(config, "num_codebooks", "n_codebooks")
+    more = [] if codebooks is None else [ids[:, :, None].repeat(1, 1, codebooks) % 16]
+    if codebooks is not None:
+        more.append(ids[:, None].repeat(1, codebooks, 1).flatten(0, 1) % 16)
+    return [ids, *more]
+
+
+def _sides(value: Any) -> tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,)
+
+
+def _images(config: Any) -> list[Tensor]:
+    size = found(config, "image_size", "input_size", default=64)
+    if isinstance(size, dict):
+        size = (size.get("height", 64), size.get("width", 64))
+    if not isinstance(size, (int, list, tuple)):
+        size = 64
+    height, width = (*_sides(size), *_sides(size))[-2:] if isinstance(size, int) else size[-2:]
+    channels = found(config, "num_channels", "in_channels", "in_chans", default=3)
+    channels = channels if isinstance(channels, int) else 3
+    image = _randn(BATCH, channels, height, width)
+    frames = int(found(config, "num_frames", default=2))
+    images = [image, image[:, None].repeat(1, frames, 1, 1, 1), *_patches(config)]
+    if (height, width) != (64, 64):
+        images.append(_randn(BATCH, channels, 64, 64))
+    return images
+
+
+def _patches(config: Any) -> list[Tensor]:
+    patch = found(config, "patch_size", default=4)
+    patch = patch if isinstance(patch, int) else patch[-1]
+    time = found(config, "temporal_patch_size", default=1)
+    time = time if isinstance(time, int) else time[0]
+    channels = found(config, "in_channels", "num_channels", "in_chans", default=3)
+    channels = channels if isinstance(channels, int) else 3
+    return [_randn(BATCH * 16, channels * time * patch**2)]
+
+
+def _grid(config: Any) -> list[Tensor]:
+    return [torch.tensor([[1, 4, 4]] * BATCH)]
+
+
+def _states(config: Any) -> list[Tensor]:
+    hidden = _number(config, 32, "hidden_size", "d_model", "embed_dim")
+    tower = _patches(config) if found(config, "patch_size") is not None else []
+    return [*tower, _randn(BATCH, TOKENS, hidden), _randn(BATCH, hidden, 4, 4)]
+
+
+def _features(config: Any) -> list[Tensor]:
+    bins = int(found(config, "num_mel_bins", "feature_size", "input_dim", "n_mels", "num_mels",
+                     "input_feat_size", "feat_in", "mel_dim", default=80))  # fmt: skip
+    positions = int(found(config, "max_source_positions", default=32))
+    frames = 2 * min(positions, 1500)
+    return [
+        _randn(BATCH, bins, frames), _randn(BATCH, frames, bins), _randn(BATCH, 64, bins),
+        _randn(BATCH, bins, 64), _randn(BATCH, 1, 1024, 64), _randn(BATCH, 96, 80),
+    ]  # fmt: skip
+
+
+def _waves(config: Any) -> list[Tensor]:
+    bins = int(found(config, "num_mel_bins", "feature_size", default=80))
+    length = int(found(config, "max_length", default=64))
+    return [
+        _randn(BATCH, 4000), _randn(BATCH, 1, 4000), _randn(BATCH, length, bins),
+        _randn(BATCH, 1, 1024, 128), _randn(BATCH, TOKENS, bins),
+    ]  # fmt: skip
+
+
+def _series(config: Any) -> list[Tensor]:
+    length = found(config, "context_length", default=64)
+    lags = max(found(config, "lags_sequence", default=[0]))
+    length = length if isinstance(length, int) else 64
+    channels = int(found(config, "num_input_channels", default=1))
+    return [_randn(BATCH, length, channels), _randn(BATCH, length + lags), _randn(BATCH, length)]
+
+
+def _ones(*shape: int) -> Callable[[Any], list[Tensor]]:
+    return lambda config: [torch.ones(shape, dtype=torch.long)]
+
+
+MADE: dict[str, Callable[[Any], list[Any]]] = {
+    "input_ids": _ids,
+    "decoder_input_ids": lambda config: _ids(config)[:1],
+    "decoder_inputs_embeds": lambda config: _states(config)[-2:-1],
+    "attention_mask": _ones(BATCH, TOKENS),
+    "bbox": lambda config: [torch.zeros(BATCH, TOKENS, 4, dtype=torch.long)],
+    "pixel_values": _images,
+    "pixel_values_videos": lambda config: _images(config)[1:2],
+    "grid_thw": _grid,
+    "image_grid_thw": _grid,
+    "hidden_states": _states,
+    "inputs_embeds": _states,
+    "encoder_hidden_states": _states,
+    "input_features": _features,
+    "input_values": _waves,
+    "past_values": _series,
+    "past_time_features": lambda config: [torch.zeros(*_series(config)[1].shape, 0)],
+    "past_observed_mask": lambda config: [torch.ones(_series(config)[1].shape)],
+    "spectrogram": _features,
+    "qformer_input_ids": lambda config: _ids(config)[:1],
+    "flattened_patches": lambda config: [
+        torch.cat([torch.ones(BATCH, 4, 2), _randn(BATCH, 4, 768)], dim=-1)
+    ],
+    "image_sizes": lambda config: [torch.tensor([[64, 64]] * BATCH)],
+}

@@ -1,0 +1,76 @@
+"""Everything for one architecture, as plain data; and the process that is asked for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from . import build, discover, extras
+from .check import Fault, check, expectation
+
+MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
+COMPILED = 8  # One architecture in so many is compiled too.
+
+
+def examine(architecture: str, seconds: float) -> dict[str, Any]:
+    """Build and check one architecture; what could not be done is in the result."""
+    start = time.process_time()
+    result: dict[str, Any] = {"architecture": architecture}
+    try:
+        if not build.classes_of(architecture):
+            return {**result, "status": "unbuildable", "error": "transformers has no model class"}
+        built = build.build(architecture)
+        result["class"] = type(built.model).__name__
+        result["shrunk"] = built.shrunk
+        result["parameters"] = sum(p.numel() for p in built.model.parameters())
+        result["inputs"] = list(built.inputs)
+    except build.Unbuildable as error:
+        return {**result, "status": "unbuildable", "error": str(error)}
+    except Exception as error:
+        return {**result, "status": "unbuildable", "error": f"{type(error).__name__}: {error}"}
+    try:
+        expected = expectation(built)
+        result.update(check(built, expected, start + seconds))
+    except ValueError as error:
+        return {**result, "status": "not comparable", "error": str(error)}
+    result["norms_before_mlps"] = discover.norms_before_mlps(built)
+    result["patch_embeddings"] = discover.patch_embeddings(built)
+    for name, checked in (("generate", extras.check_generate), ("compiled", extras.check_compiled)):
+        if name == "compiled" and not extras.in_sample(architecture, COMPILED):
+            continue
+        try:
+            result[name] = checked(built, expected, _pair_on_kernel(result))
+        except Fault as fault:
+            result["faults"].append({"what": name, "fault": str(fault)})
+    result["status"] = "checked"
+    result["seconds"] = round(time.process_time() - start, 1)
+    return result
+
+
+def _pair_on_kernel(result: dict[str, Any]) -> tuple[str, str] | None:
+    """A pair whose kernel ran, the most norm-like."""
+    pairs = [tuple(row["pair"]) for row in result["pairs"] if row["outcome"] == "kernel"]
+    pairs.sort(key=lambda pair: "norm" not in pair[0].lower())
+    return pairs[0] if pairs else None
+
+
+def main() -> None:
+    """Answer each line `[architecture, seconds]` with a line of JSON."""
+    warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    # What models print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        result = examine(*json.loads(line))
+        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
