@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .rendering.drawing import chain_drawing
-from .rendering.folding import pattern_of, span
+from .rendering.folding import pattern_of, place_and_rest, span
 from .rendering.html import (
     Markup,
     arrows,
@@ -189,19 +189,7 @@ def _action(fold: Sequence[GroupReport]) -> str:
 
 
 def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
-    """Where the members are: what their paths share, and the rest of each."""
-    paths = [path.split(".") for path in _paths(fold)]
-    shared = 0
-    while len(paths) > 1 and all(len(p) > shared + 1 for p in paths):
-        if len({p[shared] for p in paths}) > 1:
-            break
-        shared += 1
-    place = ".".join(paths[0][:shared]) + ":" if shared else ""
-    return place, " -> ".join(".".join(path[shared:]) for path in paths)
-
-
-def _paths(fold: Sequence[GroupReport]) -> list[str]:
-    return [span([group.paths[i] for group in fold]) for i in range(len(fold[0].paths))]
+    return place_and_rest([span([g.paths[i] for g in fold]) for i in range(len(fold[0].paths))])
 
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ have random weights. To add a picture, write a function that returns HTML and ma
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import re
 import shutil
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 THEMES = {"light": 1, "dark": 0}
 WIDTH = 860
+WIDE = {"verification": 1080}
 PAGE = """\
 <!doctype html><meta charset="utf-8">
 <style>body {{ margin: 12px; color-scheme: light dark; background: light-dark(#fff, #0d0f12); }}
@@ -38,17 +41,17 @@ _MEASURED = re.compile(r'<pre id="measured"[^>]*>(.*?)</pre>', re.DOTALL)
 _HEIGHT = """function measure() {
   return Math.ceil(document.body.getBoundingClientRect().bottom) + 12; }"""
 
-PICTURES: dict[str, Callable[[], str]] = {}
+PICTURES: dict[str, Callable[[str], str]] = {}
 
 
-def picture(make: Callable[[], str]) -> Callable[[], str]:
-    """Add a picture, named as the function is; it returns HTML."""
+def picture(make: Callable[[str], str]) -> Callable[[str], str]:
+    """Add a picture, named as the function is; it takes the theme and returns HTML."""
     PICTURES[make.__name__] = make
     return make
 
 
 @picture
-def report() -> str:
+def report(theme: str) -> str:
     """Reports of a language model and a vision model after a few calls."""
     import torch
     from torch import nn
@@ -80,6 +83,74 @@ def report() -> str:
         hook.remove()
     after = FusionReport([*report_of(language).groups, *skipped])
     return after._repr_html_() + report_of(vision)._repr_html_()
+
+
+def _fused_language_model(dtype: Any) -> Any:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from module_fusion import fuse
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4}
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=512, num_hidden_layers=4, num_key_value_heads=2, head_dim=64,
+            initializer_range=0.2, **sizes,
+        )
+    )  # fmt: skip
+    model = model.to(dtype).eval()
+    fuse(model)
+    return model
+
+
+@picture
+def verification(theme: str) -> str:
+    """`verify` of a language model, first with its kernels, then with one that lost a row."""
+    import torch
+
+    from module_fusion import verify
+
+    model = _fused_language_model(torch.float32)
+    with torch.no_grad():
+        good = verify(model, torch.arange(8)[None], use_cache=False)
+    seat = model.model.layers[2].mlp.fused_kernel
+    kernel, prepare = seat.forward, seat.kernel.prepare
+
+    def faulty(hidden_states: torch.Tensor) -> torch.Tensor:
+        output = kernel(hidden_states).clone()
+        output[:, -1] = 0
+        return output
+
+    faulty.prepare = prepare
+    seat.forward = faulty
+    with torch.no_grad():
+        bad = verify(model, torch.arange(8)[None], use_cache=False)
+    return good._repr_html_() + bad._repr_html_()
+
+
+@picture
+def benchmark(theme: str) -> str:
+    """`benchmark` of a vision-language model's patch embedding, with its plot."""
+    import matplotlib.pyplot as plt
+    import torch
+    from torch import nn
+
+    from module_fusion import benchmark as measure
+    from module_fusion import fuse
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(3, 1280, (2, 14, 14), stride=(2, 14, 14)), nn.Flatten())
+    fuse(model)
+    patches = torch.randn(256, 3, 2, 14, 14)  # one patch a row, as in Qwen2-VL
+    found = measure(model, patches, seconds=3.0, progress=False)
+    drawn = io.BytesIO()
+    with plt.style.context("dark_background" if theme == "dark" else "default"):
+        axes = found.plot()
+        axes.figure.savefig(drawn, format="png", dpi=200, transparent=True, bbox_inches="tight")
+        plt.close(axes.figure)
+    data = base64.b64encode(drawn.getvalue()).decode()
+    return f'{found._repr_html_()}<img width="600" src="data:image/png;base64,{data}" alt="">'
 
 
 def browser() -> str | None:
@@ -139,9 +210,10 @@ def take(name: str, theme: str, out: Path) -> Path:
     """Take one picture, as a small PNG."""
     from PIL import Image
 
-    body = PICTURES[name]()
+    body = PICTURES[name](theme)
     path = out.resolve() / f"{name}-{theme}.png"
-    look(body, theme, height=look(body, theme), image=path, scale=2)
+    width = WIDE.get(name, WIDTH)
+    look(body, theme, width, look(body, theme, width), image=path, scale=2)
     few_colours = Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few_colours.save(path, optimize=True)
     return path

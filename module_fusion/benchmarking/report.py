@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import needed
 from ..rendering.html import page_fragment, paragraph, table, unbroken
-from ..rendering.tables import markdown_table, text_table
+from ..rendering.tables import markdown_table, text_table, without_empty_columns
 
 _REFERENCE = "reference"
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (0.0, "ns"))
@@ -111,11 +111,10 @@ class BenchmarkReport:
             f"confidence intervals]; {self.device}; torch {self.torch_version}"
         )
 
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    def table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         """The header and the rows that text, Markdown and HTML show."""
-        columns = [column for column in self._columns() if any(column[1:])]
-        header, *rows = zip(*columns, strict=True)
-        return header, rows
+        header, *rows = zip(*self._columns(), strict=True)
+        return without_empty_columns(header, rows)
 
     def __str__(self) -> str:
         return f"{self.summary}\n\n{text_table(*self.table())}\n\n{self.conditions}"

@@ -21,6 +21,18 @@ def span(paths: Sequence[str]) -> str:
     return ".".join(c[0] if len(set(c)) == 1 else f"[{_ranges(c)}]" for c in columns)
 
 
+def place_and_rest(paths: Sequence[str]) -> tuple[str, str]:
+    """What the members' paths share, and the rest of each: `layers.3:` and `norm -> mlp`."""
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 for p in parts):
+        if len({p[shared] for p in parts}) > 1:
+            break
+        shared += 1
+    place = ".".join(parts[0][:shared]) + ":" if shared else ""
+    return place, " -> ".join(".".join(p[shared:]) for p in parts)
+
+
 def _ranges(texts: Sequence[str]) -> str:
     runs: list[list[int]] = []
     for number in sorted({int(text) for text in texts}):

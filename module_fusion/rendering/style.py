@@ -29,7 +29,7 @@ body[data-jp-theme-light="false"] .mf-report, .vscode-dark .mf-report,
   border-collapse: collapse; color: inherit; background: none; }
 .mf-report table.mf-table caption { text-align: left; padding: 4px 0; color: var(--mf-muted); }
 .mf-report table.mf-table tr { background: none; border: 0; }
-.mf-report table.mf-table :is(td, th) { max-width: 440px; padding: 6px 20px 6px 0; border: 0;
+.mf-report table.mf-table :is(td, th) { max-width: 440px; padding: 6px 16px 6px 0; border: 0;
   text-align: left; vertical-align: top; font-size: inherit; color: inherit; background: none;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: normal; }
 .mf-report table.mf-table tr.mf-row > td:last-child { min-width: 150px; }

@@ -24,6 +24,12 @@ def markdown_table(header: Row, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def without_empty_columns(header: Row, rows: Sequence[Row]) -> tuple[Row, list[Row]]:
+    """The table without the columns in which no row has anything."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _widths(header: Row, rows: Sequence[Row]) -> list[int]:
     return [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 

@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..rendering.folding import pattern_of, span
-from ..rendering.html import code, page_fragment, paragraph, table, unbroken
-from ..rendering.tables import text_table
+from ..rendering.folding import pattern_of, place_and_rest, span
+from ..rendering.html import (
+    Markup,
+    arrows,
+    code,
+    html,
+    lines,
+    page_fragment,
+    paragraph,
+    table,
+    unbroken,
+)
+from ..rendering.tables import text_table, without_empty_columns
 from .differences import Difference
 
 _LISTED = 8
@@ -51,8 +61,8 @@ class Table(NamedTuple):
     """One table of a report: text and HTML are made from it."""
 
     title: str
-    headers: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ class VerificationReport:
             if rows
         ]
         headers = ("", "modules", "kernel", "calls", *_NUMBERS, "error / modules'", "note")
-        return [*tables, Table("groups", headers, list(_group_rows(self.groups)))]
+        tables.append(Table("groups", headers, list(_group_rows(self.groups))))
+        return [Table(t.title, *without_empty_columns(t.headers, t.rows)) for t in tables if t.rows]
 
     def _sentences(self) -> list[str]:
         """Everything but the verdict and the tables."""
@@ -133,9 +144,8 @@ class VerificationReport:
     def _repr_html_(self) -> str:
         parts = [paragraph(sentence) for sentence in self._sentences()]
         for table_ in self.tables():
-            *numbers, note = range(len(table_.headers))
             rows = [
-                [code(row[0]), *(unbroken(row[i]) for i in numbers[1:]), row[note]]
+                [_in_html(*column) for column in zip(table_.headers, row, strict=True)]
                 for row in table_.rows
             ]
             parts.append(table(table_.headers, rows, table_.title))
@@ -186,6 +196,13 @@ def _difference_rows(found: Sequence[Difference]) -> Iterable[tuple[str, ...]]:
         )
 
 
+def _in_html(header: str, text: str) -> Markup:
+    if header == "modules":
+        place, _, members = text.rpartition(": ")
+        return lines(place and code(f"{place}:"), code(arrows(members)))
+    return html(text) if header == "note" else unbroken(text)
+
+
 def _group_rows(groups: Sequence[GroupVerification]) -> Iterable[tuple[str, ...]]:
     def key(g: GroupVerification) -> Any:
         equal = None if g.difference is None else g.difference.equal
@@ -197,7 +214,7 @@ def _group_rows(groups: Sequence[GroupVerification]) -> Iterable[tuple[str, ...]
         differences = [group.difference for group in fold if group.difference is not None]
         yield (
             first.path if len(fold) == 1 else f"{first.path} x{len(fold)}",
-            " -> ".join(paths),
+            " ".join(filter(None, place_and_rest(paths))),
             first.kernel or "-",
             _calls(fold),
             *(_numbers(differences) if differences else [""] * len(_NUMBERS)),
@@ -217,10 +234,14 @@ def _numbers(found: Sequence[Difference]) -> tuple[str, ...]:
         "differ",
         f"{max(d.max_abs for d in measured):.2e}",
         f"{max(d.max_rel for d in measured):.2e}",
-        str(max(d.max_ulp for d in measured)),
+        _count(max(d.max_ulp for d in measured)),
         _share(min(d.cosine for d in measured), 8),
         _share(min(rows), 4) if rows else "",
     )
+
+
+def _count(number: int) -> str:
+    return str(number) if number < 10**6 else f"{number:.1e}"
 
 
 def _share(value: float, digits: int) -> str:
