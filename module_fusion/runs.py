@@ -84,7 +84,10 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         kernels = any(call.path == "kernel" for call in calls)
         rows = [*result.outputs, *result.gradients]
         same = all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
-        result.problems += [f"{d.name}: {d.problem}" for d in rows if d.problem]
+        result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
+        for d in result.gradients:
+            if d.problem:
+                result.problems.append(f"the gradient of {d.name}: {d.problem}")
         if len({call.thread for call in calls}) > 1:
             result.notes.append(_THREADS)
         elif kernels and not same:
