@@ -172,7 +172,10 @@ def test_a_kernel_that_drops_a_residual_is_found(dtype: torch.dtype):
     model = nn.Sequential(Block(32, 64))
     model[0].mlp = Residual(32, 64)
     model.to(dtype)
-    for function, passes in ((lambda self, x: chain(self, x), False), (lambda self, x: self.mlp(self.norm(x)), True)):
+    for function, passes in (
+        (lambda self, x: chain(self, x), False),
+        (lambda self, x: self.mlp(self.norm(x)), True),
+    ):
         with mapped(K=kernel_of(function)):
             fuse_modules(model, PATHS, kernel="K")
         assert bool(verify(model, torch.randn(2, 5, 32).to(dtype))) is passes
