@@ -25,7 +25,6 @@ NAMES = [
     "RegistryCollector",
     "SpecMismatchError",
     "UnfuseError",
-    "VerificationReport",
     "from_pretrained",
     "fuse",
     "fuse_modules",
@@ -33,7 +32,6 @@ NAMES = [
     "register_family",
     "report",
     "unfuse_modules",
-    "verify",
 ]
 SIGNATURES = {
     "from_pretrained": (
@@ -57,17 +55,6 @@ SIGNATURES = {
         "'Iterator[FusionReport]'"
     ),
     "report": "(model: 'nn.Module') -> 'FusionReport'",
-    "verify": (
-        "(model: 'nn.Module', /, *args: 'Any', method: 'str' = 'forward', "
-        "gradients: 'bool' = False, dtypes: 'Sequence[torch.dtype] | None' = None, "
-        "**kwargs: 'Any') -> 'VerificationReport'"
-    ),
-    "VerificationReport": (
-        "(outputs: 'tuple[Difference, ...]' = (), gradients: 'tuple[Difference, ...]' = (), "
-        "groups: 'tuple[GroupVerification, ...]' = (), "
-        "first_difference: 'GroupVerification | None' = None, problems: 'tuple[str, ...]' = (), "
-        "notes: 'tuple[str, ...]' = ()) -> None"
-    ),
     "unfuse_modules": (
         "(model: 'nn.Module', modules: 'Sequence[str] | str | None' = None) -> 'FusionReport'"
     ),
@@ -121,9 +108,7 @@ def test_every_public_name_has_a_docstring_of_its_own(name: str) -> None:
     assert first.strip().endswith(".")
 
 
-@pytest.mark.parametrize(
-    "name", ["FusionReport", "ModuleSpec", "FusedModule", "RegistryCollector", "VerificationReport"]
-)
+@pytest.mark.parametrize("name", ["FusionReport", "ModuleSpec", "FusedModule", "RegistryCollector"])
 def test_every_public_attribute_of_a_class_has_a_docstring(name: str) -> None:
     cls = getattr(module_fusion, name)
     # Methods of nn.Module that a class overrides are documented there.
@@ -152,7 +137,6 @@ def test_every_public_function_has_its_signature_frozen() -> None:
         "register_family",
         "report",
         "unfuse_modules",
-        "verify",
     }
     assert functions < set(SIGNATURES)
 
