@@ -24,8 +24,8 @@ from ..exact import (
 )
 from .differences import differences
 from .statistics import MANY_ROWS, Judgement, Noise, Tally, rows_of
-from .structures import leaves, map_tensors
-from .watching import Call, equal
+from .structures import leaves, map_tensors, snapshot
+from .watching import UNKNOWN, Call, equal
 
 _DRAWS, _DRAWS_OF_FEW_ROWS = 4, 8
 
@@ -41,11 +41,16 @@ def judge(
     Args:
         chain: the chain.
         members: its members, in order.
-        calls: its calls, with the kernel's inputs and output and what the members return.
+        calls: its calls, with the kernel's inputs and output.
         gradients: whether to run the kernel once more, forward and backward, to judge those.
     """
     seat: Any = chain.seat
     backward = gradients and bool(seat._capabilities["has_backward"])
+    for call in calls:
+        if call.theirs is UNKNOWN:
+            copies = [copy_of(member, Tensor.detach) for member in members]
+            with torch.no_grad():
+                call.theirs = chain_of(chain, copies)(*snapshot(call.inputs))
     calls = [call for call in calls if backward or not equal(call.output, call.theirs)]
     for call in calls:
         for found in differences(call.output, call.theirs):

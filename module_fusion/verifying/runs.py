@@ -80,12 +80,17 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         ours, calls = _run(ask, watched(found))
         again()
         result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
-        pairs = _pairs(calls, before)
+        in_threads = len({call.thread for call in calls}) > 1
+        pairs = [] if in_threads else _pairs(calls, before)
         kernels = any(call.path == "kernel" for call in calls)
         rows = [*result.outputs, *result.gradients]
-        same = all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
-        result.problems += [f"{d.name}: {d.problem}" for d in rows if d.problem]
-        if len({call.thread for call in calls}) > 1:
+        same = not (kernels and in_threads)
+        same = same and all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
+        result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
+        for d in result.gradients:
+            if d.problem:
+                result.problems.append(f"the gradient of {d.name}: {d.problem}")
+        if in_threads:
             result.notes.append(_THREADS)
         elif kernels and not same:
             with unfused(ask.model):

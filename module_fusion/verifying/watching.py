@@ -19,6 +19,8 @@ from ..plain import ORIGINAL, original_of
 from ..spec import External
 from .structures import leaves, same_bits, snapshot
 
+UNKNOWN = object()
+
 
 @dataclass
 class Call:
@@ -30,7 +32,7 @@ class Call:
         reason: why the members ran.
         inputs: the chain's inputs, where the kernel ran.
         output: what the last member returned.
-        theirs: what the members return in its place, where the kernel ran.
+        theirs: what the members return in its place, where the kernel ran and that is known.
         grad: whether gradients were recorded.
         thread: which thread called.
         problem: what else differs at this call in a run that follows this one.
@@ -41,7 +43,7 @@ class Call:
     reason: str | None = None
     inputs: list[Any] = field(default_factory=list)
     output: Any = None
-    theirs: Any = None
+    theirs: Any = UNKNOWN
     grad: bool = False
     thread: int = 0
     problem: str | None = None

@@ -1,0 +1,332 @@
+"""Kernels that are wrong in one way each are found, and right ones are not blamed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import mapped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from module_fusion import VerificationReport, fuse_modules, verify
+
+PATHS = {"norm": "0.norm", "mlp": "0.mlp"}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.3 * torch.randn(hidden))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """A gated MLP with biases."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate)
+        self.up_proj = nn.Linear(hidden, intermediate)
+        self.down_proj = nn.Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(hidden)
+        self.mlp = Mlp(hidden, intermediate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def same(value: Tensor) -> Tensor:
+    return value
+
+
+def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda value: value.to(dtype).to(value.dtype)
+
+
+def chain(
+    seat: Any,
+    x: Tensor,
+    *,
+    eps: float | None = None,
+    linear: Any = F.linear,
+    normed: Any = same,
+    activated: Any = same,
+    output: Any = same,
+) -> Tensor:
+    """What the members compute, with a change where a test asks for one."""
+    norm, mlp = seat.norm, seat.mlp
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + (eps or norm.eps))
+    h = normed(norm.weight * wide.to(x.dtype))
+    gate = linear(h, mlp.gate_proj.weight, mlp.gate_proj.bias)
+    up = linear(h, mlp.up_proj.weight, mlp.up_proj.bias)
+    product = activated(F.silu(gate) * up)
+    return output(linear(product, mlp.down_proj.weight, mlp.down_proj.bias))
+
+
+def in_rounded_halves(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One rounding more than `F.linear` has: a half of the sum is rounded before the rest."""
+    middle = x.shape[-1] // 2
+    return F.linear(x[..., :middle], weight[:, :middle]) + F.linear(
+        x[..., middle:], weight[:, middle:], bias
+    )
+
+
+def with_the_first_row_last(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[..., -1, :] = y[..., 0, :]
+    return y
+
+
+def with_one_element_zero(y: Tensor) -> Tensor:
+    y = y.clone()
+    flat = y.view(-1)
+    flat[int(flat.abs().argmax())] = 0
+    return y
+
+
+def with_a_nan(y: Tensor) -> Tensor:
+    y = y.clone()
+    y.view(-1)[7] = float("nan")
+    return y
+
+
+def without_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def kernel_of(function: Callable[..., Tensor]) -> type[nn.Module]:
+    return type("Kernel", (nn.Module,), {"forward": function, "has_backward": True})
+
+
+def verified(
+    function: Callable[..., Tensor] | None,
+    dtype: torch.dtype,
+    *shape: int,
+    seed: int = 0,
+    scale: float = 1.0,
+    gradients: bool = False,
+) -> VerificationReport:
+    """Verify a block with a kernel; the built-in one for None."""
+    torch.manual_seed(seed)
+    hidden = shape[-1]
+    model = nn.Sequential(Block(hidden, 2 * hidden)).to(dtype)
+    x = (torch.randn(shape) * scale).to(dtype)
+    if function is None:
+        fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    else:
+        with mapped(K=kernel_of(function)):
+            fuse_modules(model, PATHS, kernel="K")
+    with torch.set_grad_enabled(gradients):
+        report = verify(model, x, gradients=gradients)
+    assert [group.kernel_calls for group in report.groups] == [1]
+    return report
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+ANYWHERE = {
+    "last row": ({"output": with_the_first_row_last}, "row 23 of 24 of the kernel's output"),
+    "one element": ({"output": with_one_element_zero}, "one element of the kernel's output"),
+    "one NaN": ({"output": with_a_nan}, "NaN or infinite"),
+    "dropped bias": ({"linear": without_bias}, "0.norm -> 0.mlp: "),
+    "another eps": ({"eps": 1.0}, "0.norm -> 0.mlp: "),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("fault", ANYWHERE)
+def test_a_wrong_kernel_is_found_in_every_dtype(fault: str, dtype: torch.dtype):
+    changes, said = ANYWHERE[fault]
+    report = verified(lambda self, x: chain(self, x, **changes), dtype, 2, 12, 64)
+    assert not report
+    assert not report.passed
+    assert not report.equal
+    assert said in report.verdict
+    assert report.first_difference == report.groups[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kernel_that_drops_a_residual_is_found(dtype: torch.dtype):
+    class Residual(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(32, 64))
+    model[0].mlp = Residual(32, 64)
+    model.to(dtype)
+    for function, passes in (
+        (lambda self, x: chain(self, x), False),
+        (lambda self, x: self.mlp(self.norm(x)), True),
+    ):
+        with mapped(K=kernel_of(function)):
+            fuse_modules(model, PATHS, kernel="K")
+        assert bool(verify(model, torch.randn(2, 5, 32).to(dtype))) is passes
+
+
+NARROWER = {
+    f"{place} through {dtype}": {place: through(dtype)}
+    for place in ("normed", "activated", "output")
+    for dtype in (torch.bfloat16, torch.float16)
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 5, 64), (300, 64)], ids=str)
+@pytest.mark.parametrize("fault", NARROWER)
+def test_one_rounding_to_a_narrower_dtype_is_found(fault: str, shape: tuple[int, ...]):
+    changes = NARROWER[fault]
+    report = verified(lambda self, x: chain(self, x, **changes), torch.float32, *shape)
+    assert not report
+    assert report.groups[0].kernel_error > 100 * report.groups[0].member_error
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_rounding_more_among_many_is_found_where_it_breaks_the_promise(seed: int):
+    report = verified(
+        lambda self, x: chain(self, x, linear=in_rounded_halves), torch.bfloat16, 1, 128, 256,
+        seed=seed,
+    )  # fmt: skip
+    group = report.groups[0]
+    assert 1.1 < group.kernel_error / group.member_error < 1.3
+    assert "and 1.1 times that is allowed" in report.verdict
+
+
+def test_an_epsilon_of_another_size_is_found_in_float32():
+    report = verified(lambda self, x: chain(self, x, eps=1e-5), torch.float32, 2, 40, 64)
+    assert not report
+
+
+class _WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 1.05
+
+
+def test_a_wrong_backward_is_found_and_the_right_output_stays_equal():
+    def function(self: Any, x: Tensor) -> Tensor:
+        return _WrongBackward.apply(self.mlp(self.norm(x)))
+
+    report = verified(function, torch.float32, 2, 12, 32, gradients=True)
+    assert not report
+    assert "of the gradient of" in report.verdict
+    assert all(d.equal for d in report.outputs)
+    assert not any(d.equal for d in report.gradients)
+    assert verified(function, torch.float32, 2, 12, 32).equal
+
+
+def test_a_gradient_that_does_not_arrive_is_found():
+    def function(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x).detach())
+
+    report = verified(function, torch.float32, 2, 12, 32, gradients=True)
+    assert report.problems == (
+        "the gradient of 0.norm.weight: only the unfused run has a gradient",
+        "0.norm -> 0.mlp: the gradient of input 0 is missing, unlike the modules'",
+    )
+
+
+def test_a_kernel_with_another_dtype_or_shape_is_found():
+    wide = verified(lambda self, x: chain(self, x).float(), torch.bfloat16, 2, 3, 32)
+    assert "0.norm -> 0.mlp: the kernel's output: dtype float32 fused, bfloat16" in " ".join(
+        wide.problems
+    )
+
+
+def _independently_rounded(self: Any, x: Tensor) -> Tensor:
+    """As many roundings as the modules have, all of the same size, and none of them the same."""
+    norm, mlp = self.norm, self.mlp
+
+    def rounded(value: Tensor) -> Tensor:
+        return (value * 1.37).to(x.dtype).float() / 1.37
+
+    def linear(value: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(value, layer.weight.float(), layer.bias.float())
+
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    h = rounded(norm.weight.float() * rounded(wide))
+    gate, up = rounded(linear(h, mlp.gate_proj)), rounded(linear(h, mlp.up_proj))
+    return linear(rounded(rounded(F.silu(gate)) * up), mlp.down_proj).to(x.dtype)
+
+
+def _in_blocks(self: Any, x: Tensor) -> Tensor:
+    """Sums in another order."""
+
+    def linear(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        parts = zip(value.float().split(16, -1), weight.float().split(16, 1), strict=True)
+        return (sum(F.linear(a, b) for a, b in parts) + bias.float()).to(value.dtype)
+
+    return chain(self, x, linear=linear)
+
+
+RIGHT = {"built-in": None, "independent": _independently_rounded, "in blocks": _in_blocks}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_kernel_is_not_blamed(name: str):
+    """Outliers, small and large inputs, one token and many, three dtypes."""
+    random_ = random.Random(0)
+    differing = 0
+    for seed in range(60):
+        dtype = random_.choice(FLOATS if name != "independent" else FLOATS[1:])
+        shape = random_.choice([(1, 1), (1, 3), (2, 9), (2, 40), (200,)])
+        hidden, scale = random_.choice([16, 64, 128]), random_.choice([0.02, 1.0, 30.0])
+        report = verified(RIGHT[name], dtype, *shape, hidden, seed=seed, scale=scale)
+        assert report.passed, (seed, str(report))
+        differing += not report.equal
+    assert differing > 20 or name == "built-in"
+
+
+def test_one_large_channel_that_all_rows_share_does_not_make_a_right_kernel_wrong():
+    """Its rounding is one piece of luck, and not one for each row."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        model = nn.Sequential(Block(64, 128)).to(torch.bfloat16)
+        x = torch.randn(2, 100, 64)
+        x[..., 5] *= 100
+        with mapped(K=kernel_of(_independently_rounded)):
+            fuse_modules(model, PATHS, kernel="K")
+        with torch.no_grad():
+            report = verify(model, x.to(torch.bfloat16))
+        assert report.passed, (seed, str(report))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_built_in_patch_embedding_passes(dims: int):
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    differing = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        dtype = FLOATS[seed % 3]
+        model = nn.Sequential()
+        patch, grid = (2, 4, 14)[seed % 3], 1 + seed % 4
+        model.proj = layer(3, 32, patch, patch)
+        model.to(dtype)
+        fuse_modules(model, ["proj"], kernel="PatchEmbed")
+        with torch.no_grad():
+            report = verify(model, torch.randn(2, 3, *[grid * patch] * dims).to(dtype))
+        assert report.groups[0].kernel_calls == 1
+        assert report.passed, str(report)
+        differing += not report.equal
+    assert differing
