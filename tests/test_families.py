@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from kernels import use_kernel_mapping
 from structure import structure
-from support import Block, Mlp, Model, Norm, WeightKernel, mapped
+from support import (
+    Block,
+    InMemoryRepository,
+    Mlp,
+    Model,
+    Norm,
+    WeightKernel,
+    mapped,
+    members_kernel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -284,7 +294,7 @@ def test_a_kernel_of_the_users_own_stays_when_fuse_succeeds_and_when_it_fails(
     with mapped(Blocks=WeightKernel):
         fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Blocks")
     fuse(model, {"blocks": True})
-    with pytest.raises(KeyError):
+    with pytest.raises(FusionError, match="'failing' failed in groups: KeyError: 'inside a fam"):
         fuse(model, {"blocks": True, "failing": True})
     assert model.layers[0].mlp.fused_kernel.kernel is WeightKernel.forward
 
@@ -343,7 +353,7 @@ def test_an_error_in_the_second_family_takes_the_first_one_back(llama: nn.Module
 
     register_family(Failing())
     before = structure(llama)
-    with pytest.raises(KeyError):
+    with pytest.raises(FusionError, match="'failing' failed in groups: KeyError: 'inside a fam"):
         fuse(llama, {"rms_norm_mlp": True, "failing": True})
     assert structure(llama) == before
 
@@ -453,6 +463,89 @@ def test_a_kernel_that_is_not_there_leaves_the_modules_alone(model: Model) -> No
         result = fuse(model, {"blocks": True})
     assert structure(model) == before
     assert {group.reason for group in result.skipped} == {"no kernel was loaded for 'Blocks'"}
+
+
+class Unloadable(InMemoryRepository):
+    def load(self) -> type[nn.Module]:
+        self.loads += 1
+        raise FileNotFoundError("no such kernel")
+
+
+def test_a_kernel_that_does_not_load_leaves_what_works(llama: nn.Module, device: str) -> None:
+    before = structure(llama.model.layers)
+    model = nn.Sequential(llama, nn.Conv2d(3, 8, 4, 4, device=device))
+    repository = Unloadable(type("Missing", (nn.Module,), {}))
+    with use_kernel_mapping({"RMSNormMLP": {"cpu": repository, "cuda": repository}}):
+        result = fuse(model)
+    assert [group.family for group in result.fused] == ["patch_embeddings"]
+    assert {group.reason for group in result.skipped} == {
+        "the kernel 'RMSNormMLP' cannot take over: no such kernel"
+    }
+    assert len(result.skipped) == 2
+    assert repository.loads == 2  # For all of them, and to find out which of them it is.
+    assert structure(llama.model.layers) == before
+    assert model[1](torch.randn(1, 3, 8, 8, device=device)).shape == (1, 8, 2, 2)
+    assert report(model).groups[0].kernel_calls == 1
+
+
+def test_a_kernel_that_fails_on_one_group_is_used_for_the_others(model: Model, x: Tensor) -> None:
+    class Choosy(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x)
+
+    def prepare(norm: nn.Module, mlp: nn.Module) -> None:
+        vars(norm)["settings"]["unknown" if norm is model.layers[0].norm else "known"]
+
+    setattr(Choosy.forward, "prepare", prepare)
+    for block in model.layers:
+        block.norm.settings = {"known": 1}
+    register_family(BlocksFamily)
+    expected, calls = model(x), model.calls()
+    with mapped(Blocks=Choosy):
+        result = fuse(model, {"blocks": True})
+    assert [(group.action, group.paths[0]) for group in result.groups] == [
+        ("fused", "layers.1.norm"),
+        ("skipped", "layers.0.norm"),
+    ]
+    assert result.skipped[0].reason == "the kernel 'Blocks' cannot take over: KeyError: 'unknown'"
+    assert torch.equal(model(x), expected)
+    assert model.calls() == [(calls[0][0] + 1, calls[0][1] + 1), calls[1]]
+
+
+def test_groups_that_overlap_are_fused_as_far_as_they_do_not() -> None:
+    class Overlapping(FusionFamily):
+        name, kernel, roles = "overlapping", "Pairs", ("a", "b")
+
+        def groups(self, model: nn.Module) -> Any:
+            return [("0", "1"), ("1", "2"), ("2", "3")]
+
+    register_family(Overlapping)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    with mapped(Pairs=members_kernel(1)):
+        result = fuse(model, {"overlapping": True})
+    assert [group.paths for group in result.fused] == [("0", "1"), ("2", "3")]
+    (skipped,) = result.skipped
+    assert skipped.paths == ("1", "2")
+    assert "'1' would be the last module of one chain and an earlier one of" in str(skipped.reason)
+
+
+@pytest.mark.parametrize("method", ["groups", "is_fusable", "samples"])
+def test_an_error_in_the_code_of_a_family_names_it_and_changes_nothing(
+    model: Model, method: str
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    broken = type("Broken", (BlocksFamily,), {method: fail, "name": "broken"})
+    register_family(broken)
+    before = structure(model)
+    with mapped(Blocks=WeightKernel), pytest.raises(FusionError) as caught:
+        fuse(model, {"broken": True})
+    assert str(caught.value) == (
+        f"The family 'broken' failed in {method}: ZeroDivisionError: by zero. The model is as it "
+        f"was before the call."
+    )
+    assert structure(model) == before
 
 
 def test_a_mapping_of_the_user_comes_before_the_built_in_kernel(llama: nn.Module) -> None:
