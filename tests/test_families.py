@@ -218,6 +218,18 @@ def test_a_convolution_that_cannot_be_fused_is_reported_with_what_it_is(
     assert reason in str(group.reason)
 
 
+def test_a_model_that_is_itself_what_a_family_looks_for_is_reported() -> None:
+    (group,) = fuse(nn.Conv2d(3, 8, 4, 4)).groups
+    assert (group.action, group.paths, group.classes) == (
+        "skipped", ("(the module itself)",), ("Conv2d",),
+    )  # fmt: skip
+    assert (
+        group.reason
+        == "the model itself cannot be a member: fuse a module around it, such as nn.Sequential(model)"
+    )
+    assert fuse(nn.Conv2d(3, 8, 3)).groups == ()
+
+
 def test_what_a_global_function_is_now_counts_and_not_what_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -280,6 +280,8 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
 
     Nothing is tried that draws random numbers, or writes somewhere, when it runs.
     """
+    if "" in group.paths:
+        return "the model itself cannot be a member: fuse a module around it, such as nn.Sequential(model)"
     if has_global_hooks():
         return "a global module hook is registered"
     for role, member in zip(roles, group.modules, strict=True):
@@ -326,7 +328,7 @@ def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str 
 def _skipped(family: FusionFamily, group: Group, reason: str) -> GroupReport:
     return GroupReport(
         "skipped",
-        paths=group.paths,
+        paths=tuple(path or "(the module itself)" for path in group.paths),
         roles=family.roles,
         classes=tuple(original_class(module).__name__ for module in group.modules),
         kernel=family.kernel,
