@@ -25,6 +25,7 @@ from support import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from module_fusion import (
     FusionError,
@@ -127,27 +128,24 @@ def test_no_hook_fires_while_members_are_probed_and_compared(
 def wrongs() -> dict[str, Callable[[Any, Tensor], Tensor]]:
     """MLPs that are no gated MLP, each in its own way, to a probe that looks at one thing only."""
 
-    def gated(mlp: Any, gate: Tensor, x: Tensor) -> Tensor:
-        return mlp.down_proj(gate * mlp.up_proj(x))
-
     def detached(mlp: Any, x: Tensor) -> Tensor:
-        return gated(mlp, F.silu(mlp.gate_proj(x)).detach(), x)
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)).detach() * mlp.up_proj(x))
 
     def without_gradient(mlp: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             gate = F.silu(mlp.gate_proj(x))
-        return gated(mlp, gate, x)
+        return mlp.down_proj(gate * mlp.up_proj(x))
 
     def straight_through(mlp: Any, x: Tensor) -> Tensor:
         gate = mlp.gate_proj(x)
-        return gated(mlp, F.silu(gate) + (gate - gate.detach()) * 0.3, x)
+        return mlp.down_proj((F.silu(gate) + (gate - gate.detach()) * 0.3) * mlp.up_proj(x))
 
     def shifts_tokens(mlp: Any, x: Tensor) -> Tensor:
         x = x.roll(1, 1) if x.dim() == 3 else x
-        return gated(mlp, F.silu(mlp.gate_proj(x)), x)
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
     def asks_for_gradients(mlp: Any, x: Tensor) -> Tensor:
-        y = gated(mlp, F.silu(mlp.gate_proj(x)), x)
+        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
         return y * 2 if torch.is_grad_enabled() else y
 
     return {
@@ -189,6 +187,53 @@ def mends_what_is_no_number(norm: Any, x: Tensor) -> Tensor:
     return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+def beyond_half_precision() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    """MLPs that in float16 alone keep numbers where others overflow."""
+
+    def scales(mlp: Any, x: Tensor) -> Tensor:
+        factor = 16 if x.dtype == torch.float16 else 1
+        gate, up = F.silu(mlp.gate_proj(x)), mlp.up_proj(x) / factor
+        return mlp.down_proj(gate * up) * factor
+
+    def clamps_the_product(mlp: Any, x: Tensor) -> Tensor:
+        product = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(product.clamp(-65504, 65504) if x.dtype == torch.float16 else product)
+
+    def clamps_the_gate(mlp: Any, x: Tensor) -> Tensor:
+        gate = mlp.gate_proj(x)
+        gate = gate.clamp(-60000, 60000) if x.dtype == torch.float16 else gate
+        return mlp.down_proj(F.silu(gate) * mlp.up_proj(x))
+
+    def clamps_up(mlp: Any, x: Tensor) -> Tensor:
+        up = mlp.up_proj(x)
+        up = up.clamp(-60000, 60000) if x.dtype == torch.float16 else up
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)) * up)
+
+    def clamps_the_output(mlp: Any, x: Tensor) -> Tensor:
+        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return y.clamp(-65504, 65504) if x.dtype == torch.float16 else y
+
+    functions = (scales, clamps_the_product, clamps_the_gate, clamps_up, clamps_the_output)
+    return {function.__name__: function for function in functions}
+
+
+@pytest.mark.parametrize("name", beyond_half_precision())
+def test_an_mlp_that_overflows_later_in_float16_is_refused(name: str) -> None:
+    block = Block(32)
+    block.norm = LlamaRMSNorm(32)
+    block.mlp = type("Wrong", (Mlp,), {"forward": beyond_half_precision()[name]})(32, 48)
+    assert str(fuse(block.half()).groups[0].reason).endswith(
+        "where the MLPs known overflow in torch.float16"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_mlp_that_overflows_as_usual_is_fused(dtype: torch.dtype) -> None:
+    block = Block(32)
+    block.norm = LlamaRMSNorm(32)
+    assert [group.action for group in fuse(block.to(dtype)).groups] == ["fused"]
+
+
 @pytest.mark.parametrize("forward", [averages_over_tokens, clamps, mends_what_is_no_number])
 def test_a_norm_that_differs_for_other_inputs_is_refused(forward: Any) -> None:
     block = Block(32)
@@ -223,10 +268,7 @@ def test_a_model_that_is_itself_what_a_family_looks_for_is_reported() -> None:
     assert (group.action, group.paths, group.classes) == (
         "skipped", ("(the module itself)",), ("Conv2d",),
     )  # fmt: skip
-    assert (
-        group.reason
-        == "the model itself cannot be a member: fuse a module around it, such as nn.Sequential(model)"
-    )
+    assert group.reason == "the model itself cannot be a member: fuse a module around it"
     assert fuse(nn.Conv2d(3, 8, 3)).groups == ()
 
 

@@ -281,7 +281,7 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
     Nothing is tried that draws random numbers, or writes somewhere, when it runs.
     """
     if "" in group.paths:
-        return "the model itself cannot be a member: fuse a module around it, such as nn.Sequential(model)"
+        return "the model itself cannot be a member: fuse a module around it"
     if has_global_hooks():
         return "a global module hook is registered"
     for role, member in zip(roles, group.modules, strict=True):
