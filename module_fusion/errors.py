@@ -38,7 +38,15 @@ class AlreadyFusedError(FusionError):
 
 
 class NotFusableError(FusionError):
-    """A module, a kernel or a family refuses to be fused; the message says why."""
+    """A module, a kernel or a family refuses to be fused; the message says why.
+
+    Attributes:
+        reason: why, without the place, where a kernel could not take over; else None.
+        was_loaded: whether that kernel was there at all.
+    """
+
+    reason: str | None = None
+    was_loaded: bool = True
 
 
 class DeferredUseError(FusionError):
@@ -66,3 +74,10 @@ def needed(module: str, what: str, install: str) -> Any:
             f"{what} needs {module.partition('.')[0]}, which cannot be imported ({error}): "
             f"pip install {install}"
         ) from error
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, with its class where the text alone says little: `KeyError: 'x'`."""
+    text = str(error).strip().rstrip(".")
+    plain = isinstance(error, (ValueError, RuntimeError, ImportError, OSError))
+    return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -94,6 +94,9 @@ class FusedKernel(nn.Module):
             if armed:
                 state.form = forms[index]
         self.__dict__["_armed"] = armed
+        chain = None if states[-1] is None else states[-1].chain
+        if chain is not None:
+            chain.reason = None  # It was about what sat here before.
         if armed:
             self.__dict__.update(
                 _capabilities=_capabilities(self.kernel),

@@ -17,7 +17,7 @@ from torch import nn
 
 from .dry_run import try_to
 from .effects import code_read_once
-from .errors import FusionError, NotFusableError, UnfuseError
+from .errors import FusionError, NotFusableError, UnfuseError, text_of
 from .inventory import Found, chains_in, members_of, row_of, states_of, strays_in
 from .kernels import builtin_kernels
 from .modules import (
@@ -331,6 +331,7 @@ def _kernelize(
     seat = job.chain.seat
     assert seat is not None
     on = device or _device_of(job.group.modules)
+    before = seat.__dict__.get("forward")
     try:
         with builtin_kernels(job.chain.kernel, on):
             kernelize(
@@ -343,11 +344,13 @@ def _kernelize(
         if refused and not use_fallback:
             raise ValueError(refused)
     except Exception as error:
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        raise NotFusableError(
-            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: {reason}. "
-            f"The model is as it was before the call."
-        ) from error
+        refused = NotFusableError(
+            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: "
+            f"{text_of(error)}. The model is as it was before the call."
+        )
+        refused.reason = f"the kernel {job.chain.kernel!r} cannot take over: {text_of(error)}"
+        refused.was_loaded = seat.__dict__.get("forward") is not before
+        raise refused from error
 
 
 def _device_of(modules: Sequence[nn.Module]) -> str | torch.device:

@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from kernels import use_kernel_mapping
 from structure import structure
-from support import Block, Mlp, Model, Norm, WeightKernel, mapped
+from support import (
+    Block,
+    InMemoryRepository,
+    Mlp,
+    Model,
+    Norm,
+    WeightKernel,
+    mapped,
+    members_kernel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from module_fusion import (
     FusionError,
@@ -118,27 +129,24 @@ def test_no_hook_fires_while_members_are_probed_and_compared(
 def wrongs() -> dict[str, Callable[[Any, Tensor], Tensor]]:
     """MLPs that are no gated MLP, each in its own way, to a probe that looks at one thing only."""
 
-    def gated(mlp: Any, gate: Tensor, x: Tensor) -> Tensor:
-        return mlp.down_proj(gate * mlp.up_proj(x))
-
     def detached(mlp: Any, x: Tensor) -> Tensor:
-        return gated(mlp, F.silu(mlp.gate_proj(x)).detach(), x)
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)).detach() * mlp.up_proj(x))
 
     def without_gradient(mlp: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             gate = F.silu(mlp.gate_proj(x))
-        return gated(mlp, gate, x)
+        return mlp.down_proj(gate * mlp.up_proj(x))
 
     def straight_through(mlp: Any, x: Tensor) -> Tensor:
         gate = mlp.gate_proj(x)
-        return gated(mlp, F.silu(gate) + (gate - gate.detach()) * 0.3, x)
+        return mlp.down_proj((F.silu(gate) + (gate - gate.detach()) * 0.3) * mlp.up_proj(x))
 
     def shifts_tokens(mlp: Any, x: Tensor) -> Tensor:
         x = x.roll(1, 1) if x.dim() == 3 else x
-        return gated(mlp, F.silu(mlp.gate_proj(x)), x)
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
     def asks_for_gradients(mlp: Any, x: Tensor) -> Tensor:
-        y = gated(mlp, F.silu(mlp.gate_proj(x)), x)
+        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
         return y * 2 if torch.is_grad_enabled() else y
 
     return {
@@ -180,6 +188,53 @@ def mends_what_is_no_number(norm: Any, x: Tensor) -> Tensor:
     return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+def beyond_half_precision() -> dict[str, Callable[[Any, Tensor], Tensor]]:
+    """MLPs that in float16 alone keep numbers where others overflow."""
+
+    def scales(mlp: Any, x: Tensor) -> Tensor:
+        factor = 16 if x.dtype == torch.float16 else 1
+        gate, up = F.silu(mlp.gate_proj(x)), mlp.up_proj(x) / factor
+        return mlp.down_proj(gate * up) * factor
+
+    def clamps_the_product(mlp: Any, x: Tensor) -> Tensor:
+        product = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(product.clamp(-65504, 65504) if x.dtype == torch.float16 else product)
+
+    def clamps_the_gate(mlp: Any, x: Tensor) -> Tensor:
+        gate = mlp.gate_proj(x)
+        gate = gate.clamp(-60000, 60000) if x.dtype == torch.float16 else gate
+        return mlp.down_proj(F.silu(gate) * mlp.up_proj(x))
+
+    def clamps_up(mlp: Any, x: Tensor) -> Tensor:
+        up = mlp.up_proj(x)
+        up = up.clamp(-60000, 60000) if x.dtype == torch.float16 else up
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)) * up)
+
+    def clamps_the_output(mlp: Any, x: Tensor) -> Tensor:
+        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return y.clamp(-65504, 65504) if x.dtype == torch.float16 else y
+
+    functions = (scales, clamps_the_product, clamps_the_gate, clamps_up, clamps_the_output)
+    return {function.__name__: function for function in functions}
+
+
+@pytest.mark.parametrize("name", beyond_half_precision())
+def test_an_mlp_that_overflows_later_in_float16_is_refused(name: str) -> None:
+    block = Block(32)
+    block.norm = LlamaRMSNorm(32)
+    block.mlp = type("Wrong", (Mlp,), {"forward": beyond_half_precision()[name]})(32, 48)
+    assert str(fuse(block.half()).groups[0].reason).endswith(
+        "where the MLPs known overflow in torch.float16"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_mlp_that_overflows_as_usual_is_fused(dtype: torch.dtype) -> None:
+    block = Block(32)
+    block.norm = LlamaRMSNorm(32)
+    assert [group.action for group in fuse(block.to(dtype)).groups] == ["fused"]
+
+
 @pytest.mark.parametrize("forward", [averages_over_tokens, clamps, mends_what_is_no_number])
 def test_a_norm_that_differs_for_other_inputs_is_refused(forward: Any) -> None:
     block = Block(32)
@@ -207,6 +262,15 @@ def test_a_convolution_that_cannot_be_fused_is_reported_with_what_it_is(
     (group,) = fuse(nn.Sequential(change(nn.Conv2d(3, 8, 4, 4)))).groups
     assert group.action == "skipped"
     assert reason in str(group.reason)
+
+
+def test_a_model_that_is_itself_what_a_family_looks_for_is_reported() -> None:
+    (group,) = fuse(nn.Conv2d(3, 8, 4, 4)).groups
+    assert (group.action, group.paths, group.classes) == (
+        "skipped", ("(the module itself)",), ("Conv2d",),
+    )  # fmt: skip
+    assert group.reason == "the model itself cannot be a member: fuse a module around it"
+    assert fuse(nn.Conv2d(3, 8, 3)).groups == ()
 
 
 def test_what_a_global_function_is_now_counts_and_not_what_it_was(
@@ -285,7 +349,7 @@ def test_a_kernel_of_the_users_own_stays_when_fuse_succeeds_and_when_it_fails(
     with mapped(Blocks=WeightKernel):
         fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Blocks")
     fuse(model, {"blocks": True})
-    with pytest.raises(KeyError):
+    with pytest.raises(FusionError, match="'failing' failed in groups: KeyError: 'inside a fam"):
         fuse(model, {"blocks": True, "failing": True})
     assert model.layers[0].mlp.fused_kernel.kernel is WeightKernel.forward
 
@@ -344,7 +408,7 @@ def test_an_error_in_the_second_family_takes_the_first_one_back(llama: nn.Module
 
     register_family(Failing())
     before = structure(llama)
-    with pytest.raises(KeyError):
+    with pytest.raises(FusionError, match="'failing' failed in groups: KeyError: 'inside a fam"):
         fuse(llama, {"rms_norm_mlp": True, "failing": True})
     assert structure(llama) == before
 
@@ -454,6 +518,89 @@ def test_a_kernel_that_is_not_there_leaves_the_modules_alone(model: Model) -> No
         result = fuse(model, {"blocks": True})
     assert structure(model) == before
     assert {group.reason for group in result.skipped} == {"no kernel was loaded for 'Blocks'"}
+
+
+class Unloadable(InMemoryRepository):
+    def load(self) -> type[nn.Module]:
+        self.loads += 1
+        raise FileNotFoundError("no such kernel")
+
+
+def test_a_kernel_that_does_not_load_leaves_what_works(llama: nn.Module, device: str) -> None:
+    before = structure(llama.model.layers)
+    model = nn.Sequential(llama, nn.Conv2d(3, 8, 4, 4, device=device))
+    repository = Unloadable(type("Missing", (nn.Module,), {}))
+    with use_kernel_mapping({"RMSNormMLP": {"cpu": repository, "cuda": repository}}):
+        result = fuse(model)
+    assert [group.family for group in result.fused] == ["patch_embeddings"]
+    assert {group.reason for group in result.skipped} == {
+        "the kernel 'RMSNormMLP' cannot take over: no such kernel"
+    }
+    assert len(result.skipped) == 2
+    assert repository.loads == 2  # For all of them, and to find out which of them it is.
+    assert structure(llama.model.layers) == before
+    assert model[1](torch.randn(1, 3, 8, 8, device=device)).shape == (1, 8, 2, 2)
+    assert report(model).groups[0].kernel_calls == 1
+
+
+def test_a_kernel_that_fails_on_one_group_is_used_for_the_others(model: Model, x: Tensor) -> None:
+    class Choosy(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x)
+
+    def prepare(norm: nn.Module, mlp: nn.Module) -> None:
+        vars(norm)["settings"]["unknown" if norm is model.layers[0].norm else "known"]
+
+    setattr(Choosy.forward, "prepare", prepare)
+    for block in model.layers:
+        block.norm.settings = {"known": 1}
+    register_family(BlocksFamily)
+    expected, calls = model(x), model.calls()
+    with mapped(Blocks=Choosy):
+        result = fuse(model, {"blocks": True})
+    assert [(group.action, group.paths[0]) for group in result.groups] == [
+        ("fused", "layers.1.norm"),
+        ("skipped", "layers.0.norm"),
+    ]
+    assert result.skipped[0].reason == "the kernel 'Blocks' cannot take over: KeyError: 'unknown'"
+    assert torch.equal(model(x), expected)
+    assert model.calls() == [(calls[0][0] + 1, calls[0][1] + 1), calls[1]]
+
+
+def test_groups_that_overlap_are_fused_as_far_as_they_do_not() -> None:
+    class Overlapping(FusionFamily):
+        name, kernel, roles = "overlapping", "Pairs", ("a", "b")
+
+        def groups(self, model: nn.Module) -> Any:
+            return [("0", "1"), ("1", "2"), ("2", "3")]
+
+    register_family(Overlapping)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    with mapped(Pairs=members_kernel(1)):
+        result = fuse(model, {"overlapping": True})
+    assert [group.paths for group in result.fused] == [("0", "1"), ("2", "3")]
+    (skipped,) = result.skipped
+    assert skipped.paths == ("1", "2")
+    assert "'1' would be the last module of one chain and an earlier one of" in str(skipped.reason)
+
+
+@pytest.mark.parametrize("method", ["groups", "is_fusable", "samples"])
+def test_an_error_in_the_code_of_a_family_names_it_and_changes_nothing(
+    model: Model, method: str
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    broken = type("Broken", (BlocksFamily,), {method: fail, "name": "broken"})
+    register_family(broken)
+    before = structure(model)
+    with mapped(Blocks=WeightKernel), pytest.raises(FusionError) as caught:
+        fuse(model, {"broken": True})
+    assert str(caught.value) == (
+        f"The family 'broken' failed in {method}: ZeroDivisionError: by zero. The model is as it "
+        f"was before the call."
+    )
+    assert structure(model) == before
 
 
 def test_a_mapping_of_the_user_comes_before_the_built_in_kernel(llama: nn.Module) -> None:

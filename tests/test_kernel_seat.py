@@ -695,3 +695,19 @@ def test_a_kernel_is_not_shown_members_that_do_more_than_compute(x: Tensor) -> N
         fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Preparing")
     assert random.getstate() == state
     assert "Drawing uses random.random, and it is not known" in str(report(model).groups[0].reason)
+
+
+def test_the_reason_of_an_earlier_kernel_goes_with_it(model: Model, x: Tensor) -> None:
+    def prepare(norm: nn.Module, mlp: nn.Module) -> None:
+        if norm.weight.shape != (4,):
+            raise ValueError("four values are wanted")
+
+    refusing = type("Refusing", (nn.Module,), {"forward": lambda self, x: x})
+    setattr(refusing.forward, "prepare", prepare)
+    fuse(model, refusing)
+    model(x)
+    assert report(model).groups[0].reason == "the kernel refuses: four values are wanted"
+    fuse(model)
+    assert [(g.path, g.reason) for g in report(model).groups] == [("kernel", None)] * len(
+        model.layers
+    )

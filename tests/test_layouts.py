@@ -645,7 +645,7 @@ def test_weights_that_cannot_be_moved_without_a_trace_are_left_alone(
     assert "_fusion" not in vars(model.layers[0].mlp)
 
 
-@pytest.mark.parametrize("where", ["kernel", "certificate", "later family"])
+@pytest.mark.parametrize("where", ["certificate", "later family"])
 def test_a_failure_gives_the_parameters_their_old_storage_back(
     model: Model, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -656,9 +656,7 @@ def test_a_failure_gives_the_parameters_their_old_storage_back(
         raise RuntimeError("no more")
 
     families: dict[str, Any] = dict(FAMILY)
-    if where == "kernel":
-        monkeypatch.setattr("module_fusion.surgery.kernelize", fail)
-    elif where == "certificate":
+    if where == "certificate":
         monkeypatch.setattr("module_fusion.families.certificate._compare", fail)
     else:
         families["patch_embeddings"] = {"include": "no.such.path"}
@@ -667,6 +665,21 @@ def test_a_failure_gives_the_parameters_their_old_storage_back(
     assert structure(model) == before
     assert [p.data_ptr() for p in model.parameters()] == old
     assert bits(model) == data
+
+
+def test_a_group_whose_kernel_does_not_load_has_its_old_storage_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no more")
+
+    before, old = structure(model), [p.data_ptr() for p in model.parameters()]
+    monkeypatch.setattr("module_fusion.surgery.kernelize", fail)
+    done = fuse(model, FAMILY)
+    assert len(done.skipped) == 3
+    assert str(done.skipped[0].reason).endswith("cannot take over: no more")
+    assert structure(model) == before
+    assert [p.data_ptr() for p in model.parameters()] == old
 
 
 def test_a_group_that_the_comparison_refuses_has_its_old_storage_back(

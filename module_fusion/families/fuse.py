@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from torch import nn
 from ..context import has_global_hooks
 from ..dry_run import try_to
 from ..effects import code_read_once, effect_of
-from ..errors import FusionError
+from ..errors import AlreadyFusedError, FusionError, NotFusableError, text_of
 from ..exact import seeded
 from ..inventory import Found, row_of
 from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..plain import why_foreign
-from ..planning import Job, make_jobs
+from ..planning import Job, check_no_overlap, make_jobs
 from ..report import FusionReport, GroupReport
 from ..surgery import apply_jobs, check_arguments, forget_prepared, undo_chains
-from .certificate import Certificates
+from .certificate import Certificates, Samples
 from .family import FusionFamily, chosen_families
 from .layout import Packer
 
@@ -59,6 +60,7 @@ def fuse(
 
     Raises:
         NotFusableError: there is no family of that name. The model is as it was.
+        FusionError: the code of a family raised an error. The model is as it was.
         PathNotFoundError: a path in `include` or `exclude` matches nothing.
 
     Example:
@@ -118,18 +120,29 @@ def _fuse(
     return FusionReport(rows)
 
 
-def _groups(model: nn.Module, family: FusionFamily) -> Iterator[Group]:
-    seen = set()
-    for paths in family.groups(model):
-        if len(paths) != len(family.roles):
-            raise FusionError(
-                f"The family {family.name!r} has {len(family.roles)} roles and found a group of "
-                f"{len(paths)}, {paths}."
-            )
-        modules = tuple(model.get_submodule(path) for path in paths)
-        if tuple(map(id, modules)) not in seen:
-            seen.add(tuple(map(id, modules)))
-            yield Group(tuple(paths), modules)
+@contextmanager
+def _code_of(family: FusionFamily, method: str) -> Iterator[None]:
+    """Errors in a family's own code say whose they are."""
+    try:
+        yield
+    except Exception as error:
+        raise FusionError(
+            f"The family {family.name!r} failed in {method}: {text_of(error)}. The model is as it "
+            f"was before the call."
+        ) from error
+
+
+def _groups(model: nn.Module, family: FusionFamily) -> list[Group]:
+    groups: dict[tuple[int, ...], Group] = {}
+    with _code_of(family, "groups"):
+        for paths in family.groups(model):
+            if len(paths) != len(family.roles):
+                raise FusionError(
+                    f"it has {len(family.roles)} roles and found a group of {len(paths)}, {paths}"
+                )
+            modules = tuple(model.get_submodule(path) for path in paths)
+            groups.setdefault(tuple(map(id, modules)), Group(tuple(paths), modules))
+    return list(groups.values())
 
 
 def _filter(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Group], bool]:
@@ -173,7 +186,10 @@ def _fuse_family(
     with code_read_once():
         for group in groups:
             end = id(group.modules[-1])
-            reason = _why_untried(group, family.roles) or family.is_fusable(group.modules)
+            reason = _why_untried(group, family.roles)
+            if reason is None:
+                with _code_of(family, "is_fusable"):
+                    reason = family.is_fusable(group.modules)
             if reason is None and end in fusable:
                 reason = f"{' -> '.join(fusable[end].paths)} ends in the same module"
             if reason is None:
@@ -193,12 +209,17 @@ def _fuse_family(
     for job in jobs:
         if job not in empty:
             job.chain.seat._arm()  # type: ignore[union-attr]
-    restore += apply_jobs(model, empty, family.kernel, mode, device, use_fallback=True)
-    fused += [job.found() for job in new]
+    restored, failed = _apply(model, empty, family.kernel, mode, device)
+    restore += restored
+    fused += [job.found() for job in new if id(job) not in failed]
     done = []
-    reasons = _compare(jobs, family)
-    for job, reason in zip(jobs, reasons, strict=True):
-        if reason is not None and job in new:
+    reasons = _compare([job for job in jobs if id(job) not in failed], family)
+    for job in jobs:
+        reason = failed.get(id(job)) or reasons[id(job)]
+        if id(job) in failed and job in new:
+            packer.give_back(job.chain)
+            rows.append(_skipped(family, job.group, reason or ""))
+        elif reason is not None and job in new:
             found = job.found()
             packer.give_back(job.chain)
             undo_chains(model, [found], [])
@@ -208,6 +229,49 @@ def _fuse_family(
             row = row_of(job.found(), "fused" if job in new else "already fused")
             done.append(row._replace(reason=unpacked.get(id(job), reason or row.reason)))
     return done + rows
+
+
+def _apply(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    kernel: str,
+    mode: Mode | None,
+    device: str | torch.device | None,
+) -> tuple[list[Callable[[], None]], dict[int, str]]:
+    """Fuse what can be fused: all at once, or else one by one.
+
+    Returns:
+        How to give the kernels back that were there before, and why the others failed, by id.
+    """
+    try:
+        return apply_jobs(model, jobs, kernel, mode, device, use_fallback=True), {}
+    except (NotFusableError, AlreadyFusedError):
+        pass
+    restore: list[Callable[[], None]] = []
+    failed: dict[int, str] = {}
+    applied: list[Job] = []
+    # A kernel that does not load may take long to say so, and says the same for equal groups.
+    missing: dict[Any, str] = {}
+    for job in jobs:
+        wanted = (str(job.chain.plan.signature), *_devices_of(job.group))
+        if wanted in missing:
+            failed[id(job)] = missing[wanted]
+            continue
+        try:
+            check_no_overlap([*(other for other in applied if not other.is_fused), job])
+            restore += apply_jobs(model, [job], kernel, mode, device, use_fallback=True)
+            applied.append(job)
+        except NotFusableError as error:
+            failed[id(job)] = error.reason or str(error)
+            if not error.was_loaded:
+                missing[wanted] = failed[id(job)]
+        except AlreadyFusedError as error:
+            failed[id(job)] = str(error)
+    return restore, failed
+
+
+def _devices_of(group: Group) -> list[str]:
+    return sorted({str(p.device) for member in group.modules for p in member.parameters()})
 
 
 def _pack(family: FusionFamily, jobs: Sequence[Job], packer: Packer) -> dict[int, str]:
@@ -242,6 +306,8 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
 
     Nothing is tried that draws random numbers, or writes somewhere, when it runs.
     """
+    if "" in group.paths:
+        return "the model itself cannot be a member: fuse a module around it"
     if has_global_hooks():
         return "a global module hook is registered"
     for role, member in zip(roles, group.modules, strict=True):
@@ -259,11 +325,11 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
     return None
 
 
-def _compare(jobs: Sequence[Job], family: FusionFamily) -> list[str | None]:
-    """For each job why its group must not stay fused, None if it may."""
+def _compare(jobs: Sequence[Job], family: FusionFamily) -> dict[int, str | None]:
+    """For each job, by id, why its group must not stay fused, None if it may."""
     certificates = Certificates()
     try:
-        return [_why_not(job, family, certificates) for job in jobs]
+        return {id(job): _why_not(job, family, certificates) for job in jobs}
     finally:
         forget_prepared(jobs)
 
@@ -281,7 +347,12 @@ def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str 
         reason = state.form.why_not_plain(member, role, [])
         if reason is not None:
             return reason
-    certificate = certificates.of(chain, members, lambda: family.samples(members, seeded()))
+
+    def samples() -> Samples:
+        with _code_of(family, "samples"):
+            return family.samples(members, seeded())
+
+    certificate = certificates.of(chain, members, samples)
     chain.family = family.name
     if certificate is None:
         return None
@@ -292,7 +363,7 @@ def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str 
 def _skipped(family: FusionFamily, group: Group, reason: str) -> GroupReport:
     return GroupReport(
         "skipped",
-        paths=group.paths,
+        paths=tuple(path or "(the module itself)" for path in group.paths),
         roles=family.roles,
         classes=tuple(original_class(module).__name__ for module in group.modules),
         kernel=family.kernel,

@@ -26,7 +26,7 @@ class PatchEmbeddingsFamily(FusionFamily):
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, module in model.named_modules():
-            if path and issubclass(original_class(module), _CONVOLUTIONS):
+            if issubclass(original_class(module), _CONVOLUTIONS):
                 convolution: Any = module
                 patch = tuple(convolution.kernel_size)
                 if tuple(convolution.stride) == patch and math.prod(patch) > 1:

@@ -23,6 +23,8 @@ from .stand_in import (
 # In float64: above what a cast to float32 inside the module costs (6e-8), and far below what
 # exact and tanh GELU differ by (1e-4), the nearest two of the candidates.
 _SAME = 2e-6
+# Of the values, how many may be finite in one of two sums that overflow.
+_FEW = 0.02
 _TINY = (8, 12)
 _MOST_REAL_WEIGHTS = 2**25
 
@@ -117,7 +119,9 @@ def _find(
         )
     if not torch.equal(output_of(module.train(), x), output):
         raise _WrongResult(f"{name} computes something else in training mode, such as a dropout")
-    _check_rounding(name, _stand_in(mlp, sizes, dtype), found, sizes[projections[0].hidden])
+    hidden = sizes[projections[0].hidden]
+    _check_rounding(name, _stand_in(mlp, sizes, dtype), found, hidden)
+    _check_overflow(name, lambda: _stand_in(mlp, sizes, dtype), found, hidden)
     return found
 
 
@@ -130,6 +134,39 @@ def _check_rounding(name: str, module: nn.Module, found: FoundMLP, hidden: int) 
     error, own_error = ((value.double() - truth).norm() / truth.norm() for value in (output, own))
     if output.dtype != dtype or not own_error <= 1.05 * error + 0.05 * torch.finfo(dtype).eps:
         raise _WrongResult(f"{name} rounds {dtype} elsewhere, or less often, than the MLPs known")
+
+
+def _check_overflow(name: str, make: Callable[[], nn.Module], found: FoundMLP, hidden: int) -> None:
+    """Refuse a module that gives numbers where the formula in its dtype overflows.
+
+    A norm keeps what comes in small, so it is large weights that lead there. Large rows stand for
+    them where the product overflows, at the root of the largest number. For the gate or the
+    up projection to overflow alone, its own weights are large, and the other's small.
+    """
+    dtype = next(make().parameters()).dtype
+    largest = torch.finfo(dtype).max
+    for large in (None, 0, 1):
+        module = make()
+        scales = [largest**0.5 * 2.0**power for power in range(-3, 4)]
+        if large is not None:
+            scales = [1.0, 4.0, 16.0]
+            both = _weights_of(module, found)
+            both[large].mul_(largest / 8)
+            both[1 - large].mul_(2.0**-8)
+        x = _rows(tuple(scales), hidden, dtype, count=16)
+        output, own = output_of(module.eval(), x), _formula(module, found, x)
+        # A sum in another order may overflow now and then where the other just does not.
+        if (output.isfinite() & ~own.isfinite()).float().mean() > _FEW:
+            raise _WrongResult(f"{name} gives numbers where the MLPs known overflow in {dtype}")
+
+
+def _weights_of(module: nn.Module, found: FoundMLP) -> tuple[Tensor, Tensor]:
+    """The weights of gate and up, where one layer gives both as its two halves."""
+    gate: Tensor = module.get_submodule(".".join(found.gate)).weight  # type: ignore[assignment]
+    if found.up is None:
+        first, second = gate.chunk(2)
+        return (first, second) if found.gate_first else (second, first)
+    return gate, module.get_submodule(".".join(found.up)).weight  # type: ignore[return-value]
 
 
 def _formula(module: nn.Module, found: FoundMLP, x: Tensor) -> Tensor:
