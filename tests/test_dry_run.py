@@ -353,7 +353,7 @@ def test_the_weights_are_back_where_a_family_fails_halfway(
         raise RuntimeError("no samples")
 
     monkeypatch.setattr(PackedNormMLPFamily, "samples", samples)
-    with pytest.raises(RuntimeError, match="no samples"):
+    with pytest.raises(FusionError, match="no samples"):
         fuse(model, PACKED, dry_run=True)
     assert everything(model) == before
 

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from common import machine
 
+from .build import architectures
 from .discover import share
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
@@ -22,6 +23,9 @@ Row = dict[str, Any]
 
 def write(rows: Sequence[Row], folder: Path) -> None:
     """Write `zoo.md` and `zoo.json`."""
+    reached = {row["architecture"] for row in rows}
+    missing: Row = {"status": "not reached", "error": "the sweep was ended before"}
+    rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
     (folder / "zoo.md").write_text(_markdown(rows))
     lines = ",\n".join(json.dumps(_compact(row)) for row in rows)
@@ -102,7 +106,7 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
     ran = Counter((g["family"], g["outcome"]) for g in groups)
     totals = [
         ("architectures", len(rows)),
-        ("checked", share(len(checked), len(rows))),
+        *Counter(row["status"] for row in rows).most_common(),
         ("model classes checked", len({row["class"] for row in checked})),
         ("pairs fused by path", f"{len(pairs)} of {sum(row['of_pairs'] for row in checked)}"),
         *((f"pairs: {name}", count) for name, count in outcomes.most_common()),
