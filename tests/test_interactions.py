@@ -292,6 +292,19 @@ def test_parametrizations_and_pruning_after_fusing(model: Model, x: Tensor, chan
     assert torch.equal(model(x), twin(x))
 
 
+def test_a_parametrization_that_was_taken_off_again_leaves_the_kernel_running(x: Tensor) -> None:
+    """It leaves the parameters in another order."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).to(x.device)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, {"a": "0.0", "b": "0.1"}, kernel="Kernel")
+    parametrize.register_parametrization(model[0][0], "weight", nn.Identity())
+    parametrize.remove_parametrizations(model[0][0], "weight")
+    assert list(model[0][0]._parameters) == ["bias", "weight"]
+    model(x)
+    assert runs(kernel) == 1
+
+
 class Weighted(Block):
     """A parent with a weight of its own."""
 
