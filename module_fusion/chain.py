@@ -181,7 +181,8 @@ class Chain:
         state = {**self.__dict__, "seat": None}
         if self.seat is not None and self.seat.kernel is not None:
             # By name: where there is no such kernel, the file still opens, and the members run.
-            name = (self.seat.kernel.__module__, self.seat.kernel.__qualname__)
+            kernel = self.seat.kernel
+            name = getattr(kernel, "__module__", None), getattr(kernel, "__qualname__", None)
             state["_copied_kernel"] = self._kernel_to_copy(name)
         return state
 
@@ -284,8 +285,10 @@ class Chain:
         return None
 
 
-def _imported(module: str, qualified_name: str) -> Any:
+def _imported(module: str | None, qualified_name: str | None) -> Any:
     """The function of that name, None if there is none."""
+    if not module or not qualified_name:
+        return None
     try:
         found: Any = importlib.import_module(module)
     except ImportError:

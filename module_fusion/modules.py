@@ -116,13 +116,11 @@ class _Swapped(_Mixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        fusion: ModuleState | None = state_of(self)
+        fusion: ModuleState | None = self.__dict__.get(KEY)
         if fusion is None:
             self.__class__ = original_class(self)  # type: ignore[assignment]
         elif fusion.module is None:
-            fusion.module = weakref.ref(self)
-            if fusion.chain is not None:
-                fusion.chain.reconnect(self)
+            _join(self, fusion)
         else:
             # A shallow copy shares the state of its original, which stays in the chain.
             self.__class__ = fusion.original  # type: ignore[assignment]
@@ -250,7 +248,18 @@ class _Boundary(_Swapped):
 def state_of(module: nn.Module) -> ModuleState | None:
     """The fusion state of a module, None for one that has none."""
     state = module.__dict__.get(KEY)
-    return state if type(state) is ModuleState else None
+    if type(state) is not ModuleState:
+        return None
+    if state.module is None:
+        _join(module, state)  # A class with a `__deepcopy__` of its own set no state.
+    return state
+
+
+def _join(module: nn.Module, state: ModuleState) -> None:
+    """Make a copied state that of the copied module."""
+    state.module = weakref.ref(module)
+    if state.chain is not None:
+        state.chain.reconnect(module)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -152,12 +152,14 @@ class MemberForm:
         """Whether the member still has the parameters and buffers it had, the very objects."""
         modules: list[Any] = []
         found: list[Tensor] = []
-        for _, parent, key, *_ in self.parts:
+        for _, parent, key, *_, parameters in self.parts:
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if module is not None:
                 own = module.__dict__
-                found += own["_parameters"].values()
+                # In the order of `why_not_plain`: a parametrization that is taken off changes
+                # the order that they have in their module.
+                found += [own["_parameters"].get(name) for name, *_ in parameters]
                 found += own["_buffers"].values()
         found = [tensor for tensor in found if tensor is not None]
         return len(found) == len(weights) and all(map(operator.is_, found, weights))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .bytecode import function_of
 from .chain import Chain
@@ -19,7 +20,7 @@ from .code import (
 )
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found, modules_in
-from .modules import KEY, FusedModule, original_class, state_of
+from .modules import KEY, FusedModule, expected_class, original_class, state_of
 from .paths import Group, check_paths
 from .seat import check_roles
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
@@ -93,6 +94,11 @@ def make_jobs(
         speculation = speculations.setdefault(alike, Speculation())
         holders = _holders(modules, places, boundary, group)
         is_fused = existing is not None
+        if not is_fused:
+            for path, module in zip(group.paths, group.modules, strict=True):
+                _check_class(path, module)
+            if boundary is not None:
+                _check_class(*boundary)
         job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
         jobs.setdefault(tuple(map(id, group.modules)), job)
     return list(jobs.values())
@@ -132,6 +138,23 @@ def _check_members(model: nn.Module, group: Group) -> None:
                 raise NotFusableError(
                     f"{other!r} is inside {path!r}: a chain is made of modules beside each other."
                 )
+
+
+def _check_class(path: str, module: nn.Module) -> None:
+    """Refuse a module whose class is someone else's to change back."""
+    state = state_of(module)
+    if state is not None and type(module) is not expected_class(state):
+        raise NotFusableError(
+            f"The class of {path!r} is {type(module).__name__}; it was "
+            f"{expected_class(state).__name__} when it was fused. Undo first what changed it "
+            f"since, then fuse."
+        )
+    if state is None and is_parametrized(module):
+        raise NotFusableError(
+            f"{path!r} is parametrized itself: it has a class of its own, which "
+            f"torch.nn.utils.parametrize takes apart when the parametrization is removed. Remove "
+            f"it first, or fuse first and parametrize then."
+        )
 
 
 def _has_attribute(module: nn.Module, name: str) -> bool:
@@ -197,7 +220,7 @@ def _boundary(
         path = ".".join(common)
         module = modules[path]
         called = original_class(module).forward is not nn.Module.forward
-        if called and "forward" not in module.__dict__:
+        if called and "forward" not in module.__dict__ and not is_parametrized(module):
             return path, module
         if not common:
             return None

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import PATHS, Model, WeightKernel, mapped, members_kernel, runs
+from structure import structure
+from support import PATHS, Block, Model, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from module_fusion import UnfuseError, fuse_modules, report, unfuse_modules
+from module_fusion import NotFusableError, UnfuseError, fuse_modules, report, unfuse_modules
 
 
 def fuse(model: nn.Module, paths: list[str] = PATHS) -> None:
@@ -289,6 +290,54 @@ def test_parametrizations_and_pruning_after_fusing(model: Model, x: Tensor, chan
         parametrize.remove_parametrizations(twin.layers[0].norm, "weight")
     unfuse_modules(model)
     assert torch.equal(model(x), twin(x))
+
+
+def test_a_parametrization_that_was_taken_off_again_leaves_the_kernel_running(x: Tensor) -> None:
+    """It leaves the parameters in another order."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).to(x.device)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, {"a": "0.0", "b": "0.1"}, kernel="Kernel")
+    parametrize.register_parametrization(model[0][0], "weight", nn.Identity())
+    parametrize.remove_parametrizations(model[0][0], "weight")
+    assert list(model[0][0]._parameters) == ["bias", "weight"]
+    model(x)
+    assert runs(kernel) == 1
+
+
+class Weighted(Block):
+    """A parent with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.weight)
+
+
+def test_a_parametrized_member_is_refused_and_a_parametrized_parent_passed_over(x: Tensor) -> None:
+    """Removing a parametrization takes the module's class apart, which fusing would be in."""
+    model = Model(1)
+    model.layers[0] = Weighted()
+    model.to(x.device)
+    block: Any = model.layers[0]
+    parametrize.register_parametrization(block.norm, "weight", nn.Softplus())
+    before = structure(model)
+    with pytest.raises(NotFusableError, match=r"'layers.0.norm' is parametrized itself"):
+        fuse(model)
+    assert structure(model) == before
+    parametrize.remove_parametrizations(block.norm, "weight")
+    parametrize.register_parametrization(block, "weight", nn.Softplus())
+    expected = model(x)
+    fuse(model)
+    assert torch.equal(model(x), expected)
+    assert report(model).groups[0].kernel_calls == 1
+    parametrize.remove_parametrizations(block, "weight")
+    assert torch.equal(model(x), expected)
+    unfuse_modules(model)
+    assert type(block) is Weighted
+    assert torch.equal(model(x), expected)
 
 
 @pytest.fixture

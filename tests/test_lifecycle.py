@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import io
@@ -17,13 +18,24 @@ from typing import Any
 import pytest
 import torch
 from structure import structure
-from support import PATHS, Block, Mlp, Model, Norm, WeightKernel, mapped
+from support import (
+    PATHS,
+    Block,
+    Mlp,
+    Model,
+    Norm,
+    WeightKernel,
+    mapped,
+    members_kernel,
+    runs,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from module_fusion import (
     FusedModule,
     FusionError,
+    NotFusableError,
     RegistryCollector,
     fuse_modules,
     report,
@@ -282,6 +294,60 @@ def test_a_second_class_swap_on_top_works_and_is_undone_first(model: Model, x: T
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("around", "paths"),
+    [
+        ("layers.0", {"a": "layers.0", "b": "layers.1"}),
+        ("layers.0.mlp", {"a": "layers.0.mlp.up_proj", "b": "layers.0.mlp.down_proj"}),
+    ],
+    ids=["as a member", "as the module around"],
+)
+def test_a_second_class_swap_on_top_is_not_taken_off_by_fusing_another_chain(
+    model: Model, x: Tensor, around: str, paths: dict[str, str]
+) -> None:
+    expected = model(x)
+    fuse(model)
+    module = model.get_submodule(around)
+    module.__class__ = type("Outer", (type(module),), {})
+    before = structure(model)
+    with (
+        mapped(Kernel=members_kernel(1)),
+        pytest.raises(NotFusableError, match=rf"The class of '{around}' is Outer; it was "),
+    ):
+        fuse_modules(model, paths, kernel="Kernel")
+    assert structure(model) == before
+    assert torch.equal(model(x), expected)
+
+
+class CopiesItself(Norm):
+    """Copies as `torch.nn.utils.parametrize` lets its classes do."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+@pytest.mark.parametrize("when", ["as a collector", "as the last"])
+def test_a_copy_that_its_class_makes_is_unfused_and_fused_again(when: str, x: Tensor) -> None:
+    members = [CopiesItself(), Norm()] if when == "as a collector" else [Norm(), CopiesItself()]
+    model = Around(nn.Sequential(*members).to(x.device))
+    before, expected = [type(module) for module in model.modules()], model(x)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, {"a": "inner.0", "b": "inner.1"}, kernel="Kernel")
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(x), expected)
+        fuse_modules(copied, {"a": "inner.0", "b": "inner.1"}, kernel="Kernel")
+    ran = runs(kernel)
+    assert torch.equal(copied(x), expected)
+    assert runs(kernel) == ran + 1
+    unfuse_modules(copied)
+    assert [type(module) for module in copied.modules()] == before
+    assert torch.equal(copied(x), expected)
+
+
 def test_a_member_replaced_after_fusing_is_left_out_and_the_rest_is_restored(
     model: Model, x: Tensor
 ) -> None:
@@ -377,6 +443,23 @@ def test_where_the_module_of_a_kernel_does_not_exist_a_pickle_opens_and_runs_the
         cwd=tests.parent,
     )
     assert run.stdout.strip() == "no kernel was loaded for 'Kernel'", run.stderr
+
+
+@pytest.mark.parametrize("lacks", ["module", "name"])
+def test_with_a_kernel_that_has_no_module_or_no_name_a_pickle_opens_and_runs_the_members(
+    lacks: str,
+) -> None:
+    model, x = Model(1), torch.randn(2, 8)
+    expected = model(x)
+    fuse(model)
+    seat = model.layers[0].mlp.fused_kernel
+    kernel = lambda x: WeightKernel.forward(seat, x)  # noqa: E731
+    kernel.__module__ = None
+    seat.forward = kernel if lacks == "module" else functools.partial(kernel)
+    assert torch.equal(model(x), expected)
+    copied = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(x), expected)
+    assert report(copied).groups[0].path == "members"
 
 
 def test_a_plain_function_in_the_seat_stays_there_in_a_copy(x: Tensor) -> None:
