@@ -14,9 +14,9 @@ from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import get_ignored_functions
+from torch.overrides import get_testing_overrides
 
-from .bytecode import Load, callees_of, is_of_torch, layers_of, loads_in, self_of
+from .bytecode import Load, callees_of, layers_of, loads_in, self_of
 
 # An `isinstance` with these alone is false of a tensor and of a value that stands for one.
 _NOT_TENSORS = frozenset(
@@ -179,8 +179,8 @@ def is_calling_torch(frame: FrameType) -> bool:
         return False
     if isinstance(function.__self__, Tensor):
         return True
-    is_operation = is_of_torch(function) or "_VariableFunctions" in function.__qualname__
-    return is_operation and function not in get_ignored_functions()
+    overridable = get_testing_overrides()
+    return function in overridable or "_VariableFunctions" in function.__qualname__
 
 
 def _call_at(frame: FrameType) -> ast.Call | None:
