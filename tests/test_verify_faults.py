@@ -213,6 +213,25 @@ def test_an_epsilon_of_another_size_is_found_in_float32():
     assert not report
 
 
+def test_the_measure_is_float64_also_where_a_member_asks_for_float32():
+    """A kernel in float64 is off by the rounding of its output alone, a quarter of a unit."""
+
+    def function(self: Any, x: Tensor) -> Tensor:
+        norm, mlp = self.norm, self.mlp
+        wide = x.double()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+        h = norm.weight.double() * wide
+        gate, up, down = (
+            lambda value, layer=layer: F.linear(value, layer.weight.double(), layer.bias.double())
+            for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        return down(F.silu(gate(h)) * up(h)).to(x.dtype)
+
+    group = verified(function, torch.float32, 2, 40, 64).groups[0]
+    assert 0 < group.kernel_error < 0.25 * torch.finfo(torch.float32).eps
+    assert group.member_error > 2 * group.kernel_error
+
+
 class _WrongBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

@@ -165,8 +165,6 @@ def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
         part = leaf.value
         if isinstance(part, nn.Module):
             memo[id(part)] = part
-        elif isinstance(part, torch.Generator):
-            memo[id(part)] = part.clone_state()
         elif isinstance(part, Tensor) and id(part) not in memo:
             shared = counts[_storage_key(part)] > 1 and dtype is None
             memo[id(part)] = _fresh_tensor(part, dtype, storages if shared else None)
