@@ -264,6 +264,14 @@ def test_a_convolution_that_cannot_be_fused_is_reported_with_what_it_is(
     assert reason in str(group.reason)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_patch_embedding_of_a_usual_size_is_fused(dtype: torch.dtype, device: str) -> None:
+    for convolution, patch in ((nn.Conv3d, (2, 14, 14)), (nn.Conv2d, (16, 16))):
+        model = nn.Sequential(convolution(3, 1152, patch, patch, bias=False)).to(device, dtype)
+        result = fuse(model)
+        assert [group.action for group in result.groups] == ["fused"], result
+
+
 def test_a_model_that_is_itself_what_a_family_looks_for_is_reported() -> None:
     (group,) = fuse(nn.Conv2d(3, 8, 4, 4)).groups
     assert (group.action, group.paths, group.classes) == (

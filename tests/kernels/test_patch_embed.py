@@ -214,6 +214,35 @@ def test_gradients_of_many_patches_are_summed_in_fp32(device: str, dtype: torch.
     )
 
 
+@pytest.mark.parametrize("patches", [1, 2, 16])
+@pytest.mark.parametrize("needs_input_grad", [False, True])
+def test_over_many_draws_the_errors_in_float32_are_no_larger(
+    device: str, patches: int, needs_input_grad: bool
+) -> None:
+    """Sums over as many channels as models have, where their order counts; none is allowed for."""
+    if INTERPRETED or device == "cuda":
+        pytest.skip("the order in which the CPU's products sum; Triton has one of its own")
+    squares: dict[str, Tensor] = {}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        proj = nn.Conv3d(3, 1152, (2, 14, 14), (2, 14, 14))
+        x, grad = torch.randn(patches, 3, 2, 14, 14), torch.randn(patches, 1152, 1, 1, 1)
+        found = []
+        wide = copy.deepcopy(proj).double()
+        for run, own in ((bound(proj), proj), (proj, proj), (wide, wide)):
+            dtype = own.weight.dtype
+            leaf = x.to(dtype).requires_grad_(needs_input_grad)
+            y = run(leaf)
+            wanted = {"weight": own.weight, **({"input": leaf} if needs_input_grad else {})}
+            gradients = torch.autograd.grad(y, list(wanted.values()), grad.to(dtype))
+            found.append({"output": y.detach(), **dict(zip(wanted, gradients, strict=True))})
+        for name, true in found[2].items():
+            errors = [(value[name].double() - true).norm() / true.norm() for value in found[:2]]
+            squares[name] = squares.get(name, 0) + torch.stack(errors) ** 2
+    for name, (ours, theirs) in squares.items():
+        assert ours <= 1.1**2 * theirs, f"{name}: {float((ours / theirs) ** 0.5):.2f}"
+
+
 @given(case=cases())
 @several(15 if INTERPRETED else 100)
 def test_token_major_output_gives_contiguous_tokens(device: str, case: dict[str, Any]) -> None:

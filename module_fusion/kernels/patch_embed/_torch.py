@@ -21,13 +21,10 @@ def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Patc
     grid = grid_of(x, plan)
     batch, channels_out = x.size(0), weight.size(0)
     weight_NK = weight.view(channels_out, -1)
-    if x.dtype == torch.float32 and x.requires_grad and torch.is_grad_enabled():
-        # oneDNN's gradient of the input is up to 3.7 times as accurate as a matrix product's.
-        return convolve(x, weight, bias, plan)
-    if all(n == 1 for n in grid):
+    if all(n == 1 for n in grid) and not _sums_better(x):
         y_MN = F.linear(_crop(x, plan).reshape(batch, -1), weight_NK, bias)
         return y_MN.view(batch, channels_out, *grid)
-    if not _gains(x, weight_NK, plan):
+    if _sums_better(x) or not _gains(x, weight_NK, plan):
         return convolve(x, weight, bias, plan)
     y_MN = F.linear(patches(x, plan), weight_NK, bias)
     y = y_MN.view(batch, *grid, channels_out).movedim(-1, 1)
@@ -51,6 +48,15 @@ def _crop(x: Tensor, plan: PatchPlan) -> Tensor:
         if x.size(dim) % size:
             x = x.narrow(dim, 0, x.size(dim) // size * size)
     return x
+
+
+def _sums_better(x: Tensor) -> bool:
+    """Whether the convolution is more exact: it is in the gradient of a float32 input.
+
+    Relative to float64 its error was 1.5e-7 to 1.8e-7 for 768 to 1280 output channels, the
+    product's 2.5e-7, and 6e-7 with one or two patches. Pixels seldom need a gradient.
+    """
+    return x.dtype == torch.float32 and x.requires_grad and torch.is_grad_enabled()
 
 
 def _gains(x: Tensor, weight_NK: Tensor, plan: PatchPlan) -> bool:
