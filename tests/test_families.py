@@ -705,16 +705,3 @@ def test_generation_in_a_short_dtype_gives_the_same_tokens(llama: Any, dtype: to
             first = int(differing[0])
             best = llama(wanted[None, :first]).logits[0, -1].float().topk(2).values
             assert best[0] - best[1] <= 4 * torch.finfo(dtype).eps * best[0].abs()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("dims", "channels", "patch"), [(3, 1280, (2, 14, 14)), (3, 1152, (2, 16, 16)), (2, 768, 16)]
-)
-def test_patch_embeddings_of_real_sizes_pass_the_certificate(
-    device: str, dtype: torch.dtype, dims: int, channels: int, patch: Any
-) -> None:
-    torch.manual_seed(0)
-    convolution = nn.Conv3d if dims == 3 else nn.Conv2d
-    model = nn.Sequential(convolution(3, channels, patch, stride=patch)).to(device, dtype)
-    assert not fuse(model).skipped
