@@ -16,12 +16,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import get_ignored_functions
 
-from .bytecode import Load, callees_of, is_of_torch, layers_of, loads_in, self_of
+from .bytecode import Load, callees_of, layers_of, loads_in, self_of
 
 # An `isinstance` with these alone is false of a tensor and of a value that stands for one.
 _NOT_TENSORS = frozenset(
     ("tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "complex", "slice")
 )
+
+# Where torch keeps its operations. What else is built in, such as the `apply` of an
+# `autograd.Function`, believes the answer.
+_OPERATIONS = tuple(f"torch._C._{name}" for name in ("nn", "special", "linalg", "fft"))
 
 
 @lru_cache(maxsize=4096)
@@ -178,8 +182,9 @@ def is_calling_torch(frame: FrameType) -> bool:
     if not isinstance(function, BuiltinFunctionType):
         return False
     if isinstance(function.__self__, Tensor):
-        return True
-    is_operation = is_of_torch(function) or "_VariableFunctions" in function.__qualname__
+        return getattr(Tensor, function.__name__, None) not in get_ignored_functions()
+    is_operation = "_VariableFunctions" in function.__qualname__
+    is_operation = is_operation or function.__module__ in _OPERATIONS
     return is_operation and function not in get_ignored_functions()
 
 
