@@ -14,7 +14,7 @@ from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import get_testing_overrides
+from torch.overrides import get_ignored_functions
 
 from .bytecode import Load, callees_of, layers_of, loads_in, self_of
 
@@ -22,6 +22,10 @@ from .bytecode import Load, callees_of, layers_of, loads_in, self_of
 _NOT_TENSORS = frozenset(
     ("tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "complex", "slice")
 )
+
+# Where torch keeps its operations. What else is built in, such as the `apply` of an
+# `autograd.Function`, believes the answer.
+_OPERATIONS = tuple(f"torch._C._{name}" for name in ("nn", "special", "linalg", "fft"))
 
 
 @lru_cache(maxsize=4096)
@@ -178,9 +182,10 @@ def is_calling_torch(frame: FrameType) -> bool:
     if not isinstance(function, BuiltinFunctionType):
         return False
     if isinstance(function.__self__, Tensor):
-        return True
-    overridable = get_testing_overrides()
-    return function in overridable or "_VariableFunctions" in function.__qualname__
+        return getattr(Tensor, function.__name__, None) not in get_ignored_functions()
+    is_operation = "_VariableFunctions" in function.__qualname__
+    is_operation = is_operation or function.__module__ in _OPERATIONS
+    return is_operation and function not in get_ignored_functions()
 
 
 def _call_at(frame: FrameType) -> ast.Call | None:
