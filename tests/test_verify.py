@@ -91,7 +91,7 @@ def test_the_report_folds_blocks_and_its_rows_are_what_the_text_shows(model: Mod
     text = str(found)
     assert text.splitlines()[0] == f"{found.verdict}."
     assert "kernel x2" in text
-    assert "layers.[0-1].norm -> " in text
+    assert "layers.[0-1]" in text
     assert "The first group whose output differs: layers.0.norm -> " in text
     assert "\x1b" not in text
     for table in found.tables():
