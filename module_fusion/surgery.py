@@ -266,11 +266,13 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state
-        for member, holders in zip(members[:-1], job.holders, strict=True):
+        holders = tuple(map(weakref.ref, job.holders))
+        for member in members[:-1]:
             collector = state_of(member)
             assert collector is not None
             collector.boundary = state
-            collector.holders = tuple(map(weakref.ref, holders))
+            known = (collector.holders or ()) if collector.collects_for > 1 else ()
+            collector.holders = tuple(dict.fromkeys([*known, *holders]))
     job.chain.states = tuple(map(state_of, members[:-1]))
     job.chain.take_seat(members[-1])
 
