@@ -128,8 +128,11 @@ def apply_jobs(
     undo: list[Callable[[], None]] = []
     kernels_before: list[Callable[[], None]] = []
     try:
-        for job in new:
-            _apply(job, undo)
+        for job in jobs:
+            if job.is_fused:
+                set_holders(job)
+            else:
+                _apply(job, undo)
         with code_read_once():
             for job in jobs if kernel is not None else ():
                 restore = _restorer_of_kernel(job)
@@ -266,15 +269,23 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state
-        holders = tuple(map(weakref.ref, job.holders))
         for member in members[:-1]:
             collector = state_of(member)
             assert collector is not None
             collector.boundary = state
-            known = (collector.holders or ()) if collector.collects_for > 1 else ()
-            collector.holders = tuple(dict.fromkeys([*known, *holders]))
+        set_holders(job)
     job.chain.states = tuple(map(state_of, members[:-1]))
     job.chain.take_seat(members[-1])
+
+
+def set_holders(job: Job) -> None:
+    """Tell the collectors which modules are around the members now."""
+    holders = list(map(weakref.ref, job.holders))
+    for member in job.group.modules[:-1]:
+        state = state_of(member)
+        assert state is not None
+        known = (state.holders or ()) if state.collects_for > 1 else ()
+        state.holders = tuple(dict.fromkeys([*known, *holders]))
 
 
 def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:

@@ -508,3 +508,20 @@ def test_in_a_copy_a_hook_on_a_module_around_a_member_gets_the_real_value(
         watch(copied)
     assert torch.equal(copied(x), expected)
     assert seen == [Tensor]
+
+
+def test_a_copy_with_a_module_around_a_member_is_fused_again_as_its_report_says(
+    x: Tensor,
+) -> None:
+    model = Model(1).to(x.device)
+    model.layers[0].norm = Around(model.layers[0].norm)
+    paths = {"norm": "layers.*.norm.inner", "mlp": "layers.*.mlp"}
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, paths, kernel="Kernel")
+        copied = copy.deepcopy(model)
+        expected = copied(x)
+        assert "fuse the copy again" in report(copied).groups[0].reason
+        assert kernel_calls(copied) == [0]
+        fuse_modules(copied, paths, kernel="Kernel")
+    assert torch.equal(copied(x), expected)
+    assert kernel_calls(copied) == [1]

@@ -17,7 +17,7 @@ from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..planning import Job, make_jobs
 from ..report import FusionReport, GroupReport
-from ..surgery import apply_jobs, check_arguments, undo_chains
+from ..surgery import apply_jobs, check_arguments, set_holders, undo_chains
 from .certificate import Certificates, seeded
 from .family import FusionFamily, chosen_families
 from .layout import Packer
@@ -168,6 +168,7 @@ def _fuse_family(
     for job in jobs:
         if job not in empty:
             job.chain.seat._arm()  # type: ignore[union-attr]
+            set_holders(job)
     restore += apply_jobs(model, empty, family.kernel, mode, device, use_fallback=True)
     fused += [job.found() for job in new]
     done = []
