@@ -53,7 +53,8 @@ class ModuleState:
         role: `RegistryCollector`, `FusedModule`, or None for a mere boundary.
         collects_for: number of chains that the module is a collector of.
         boundary: state of the module around the chains this module collects for.
-        holders: modules between that one and this one, weakly; None in a copy that had some.
+        holders: modules between that one and a member of the chain, weakly; None in a copy that
+            had some.
         boundary_of: number of chains whose deferred values must not leave this module.
         inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
@@ -418,7 +419,7 @@ def _captured_call(
     for reference in state.holders:
         holder = reference()
         if holder is not None and has_hooks(holder):
-            return None, f"a module around {state.name} has a hook"
+            return None, f"a module around {state.name} or another member has a hook"
     if state.outputs > 1:
         reason = _why_not_unpacked(state, args, kwargs)
         if reason is not None:

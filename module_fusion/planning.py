@@ -34,7 +34,7 @@ class Job:
     group: Group
     chain: Chain
     boundary: tuple[str, nn.Module] | None
-    holders: list[list[nn.Module]]
+    holders: list[nn.Module]
     speculation: Speculation
     is_fused: bool
 
@@ -232,17 +232,17 @@ def _holders(
     places: Mapping[int, list[str]],
     boundary: tuple[str, nn.Module] | None,
     group: Group,
-) -> list[list[nn.Module]]:
-    """For each collector, the modules between the boundary and it, wherever it is."""
+) -> list[nn.Module]:
+    """The modules between the boundary and a member, wherever it is.
+
+    A hook on one of them would see what a collector captured.
+    """
     if boundary is None:
-        return [[] for _ in group.modules[:-1]]
+        return []
     depth = len(boundary[0].split(".")) if boundary[0] else 0
-    holders = []
-    for member in group.modules[:-1]:
-        segments = [path.split(".") for path in places[id(member)]]
-        paths = {".".join(s[:end]): None for s in segments for end in range(depth + 1, len(s))}
-        holders.append([modules[path] for path in paths])
-    return holders
+    segments = [path.split(".") for member in group.modules for path in places[id(member)]]
+    paths = {".".join(s[:end]): None for s in segments for end in range(depth + 1, len(s))}
+    return [modules[path] for path in paths]
 
 
 def _refusal_to_capture(

@@ -18,7 +18,7 @@ from torch import nn
 from .dry_run import try_to
 from .effects import code_read_once
 from .errors import FusionError, NotFusableError, UnfuseError, text_of
-from .inventory import Found, chains_in, members_of, row_of, states_of, strays_in
+from .inventory import Found, chains_in, members_of, modules_in, row_of, states_of
 from .kernels import builtin_kernels
 from .modules import (
     KEY,
@@ -137,8 +137,11 @@ def apply_jobs(
     undo: list[Callable[[], None]] = []
     kernels_before: list[Callable[[], None]] = []
     try:
-        for job in new:
-            _apply(job, undo)
+        for job in jobs:
+            if job.is_fused:
+                set_holders(job)
+            else:
+                _apply(job, undo)
         with code_read_once():
             for job in jobs if kernel is not None else ():
                 restore = _restorer_of_kernel(job)
@@ -182,13 +185,16 @@ def unfuse_modules(model: nn.Module, modules: Sequence[str] | str | None = None)
     if not isinstance(model, nn.Module):
         raise FusionError(f"unfuse_modules takes a torch.nn.Module, not {type(model).__name__}.")
     chains = chains_in(model)
-    strays = strays_in(model, chains) if modules is None else []
-    if modules is not None:
+    everything: list[nn.Module] = []
+    if modules is None:
+        # A module may also have served a chain that is gone: its last member was replaced.
+        everything = [module for module in modules_in(model) if state_of(module) is not None]
+    else:
         paths = check_paths([modules] if isinstance(modules, str) else modules)
         wanted = set(map(id, find_modules(model, paths).values()))
         chains = [c for c in chains if any(id(m) in wanted for m in members_of(c))]
     rows = [row_of(found, "unfused") for found in chains]
-    undo_chains(model, chains, strays)
+    undo_chains(model, chains, everything)
     return FusionReport(rows)
 
 
@@ -282,13 +288,23 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state
-        for member, holders in zip(members[:-1], job.holders, strict=True):
+        for member in members[:-1]:
             collector = state_of(member)
             assert collector is not None
             collector.boundary = state
-            collector.holders = tuple(map(weakref.ref, holders))
+        set_holders(job)
     job.chain.states = tuple(map(state_of, members[:-1]))
     job.chain.take_seat(members[-1])
+
+
+def set_holders(job: Job) -> None:
+    """Tell the collectors which modules are around the members now."""
+    holders = list(map(weakref.ref, job.holders))
+    for member in job.group.modules[:-1]:
+        state = state_of(member)
+        assert state is not None
+        known = (state.holders or ()) if state.collects_for > 1 else ()
+        state.holders = tuple(dict.fromkeys([*known, *holders]))
 
 
 def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:
@@ -362,9 +378,10 @@ def _device_of(modules: Sequence[nn.Module]) -> str | torch.device:
     return torch.device("cpu")
 
 
-def undo_chains(model: nn.Module, chains: Sequence[Found], strays: Sequence[nn.Module]) -> None:
+def undo_chains(model: nn.Module, chains: Sequence[Found], others: Sequence[nn.Module]) -> None:
+    """Take chains back; `others` are as they were afterwards, whatever chains they served."""
     states = [state for found in chains for state in states_of(found)]
-    states += [state for stray in strays if (state := state_of(stray)) is not None]
+    states += [state for other in others if (state := state_of(other)) is not None]
     for state in states:
         module = state.module() if state.module is not None else None
         if module is not None and type(module) is not expected_class(state):
@@ -389,8 +406,8 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], strays: Sequence[nn.M
                 state.role = RegistryCollector if state.collects_for else None
         if found.chain.boundary is not None:
             found.chain.boundary.boundary_of -= 1
-    for stray in strays:
-        state = state_of(stray)
+    for other in others:
+        state = state_of(other)
         assert state is not None
         state.role, state.collects_for, state.boundary_of = None, 0, 0
     for state in states:

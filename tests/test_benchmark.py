@@ -28,8 +28,8 @@ from module_fusion import (
     benchmark,
     fuse_modules,
     report,
-    timing,
 )
+from module_fusion.benchmarking import timing
 from module_fusion.benchmarking.candidates import candidates_of, twin
 from module_fusion.benchmarking.report import BenchmarkRow
 from module_fusion.benchmarking.runs import Run

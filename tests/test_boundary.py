@@ -266,6 +266,23 @@ def test_a_hook_on_a_module_around_a_member_sees_the_real_value(x: Tensor, kind:
     assert path_of(model)[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["pre", "backward"])
+def test_a_hook_on_a_module_around_a_later_member_sees_the_real_value(x: Tensor, kind: str) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].mlp = Wrapper(model[0].mlp)
+    seen: list[type] = []
+    if kind == "pre":
+        model[0].mlp.register_forward_pre_hook(lambda m, args: seen.append(type(args[0])))
+    else:
+        model[0].mlp.register_full_backward_hook(lambda m, grad, _: seen.append(type(grad[0])))
+    expected = gradients(model, x)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"norm": "0.norm", "mlp": "0.mlp.inner"}, kernel="Kernel")
+    assert_same(gradients(model, x), expected)
+    assert seen == [Tensor, Tensor]
+    assert report(model).groups[0].reason.startswith("a module around norm or another member has")
+
+
 def test_an_instance_level_forward_on_the_parent_gets_real_values(x: Tensor) -> None:
     model = model_of(Block.forward, x.device)
     fuse(model)

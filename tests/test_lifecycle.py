@@ -361,6 +361,18 @@ def test_a_member_replaced_after_fusing_is_left_out_and_the_rest_is_restored(
     assert torch.equal(model(x), got)
 
 
+def test_what_served_a_chain_that_is_gone_and_another_that_is_not_is_restored(x: Tensor) -> None:
+    model = Around(nn.Sequential(Norm(), Mlp(), Norm()).to(x.device))
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, {"a": "inner.0", "b": "inner.1"}, kernel="Kernel")
+        fuse_modules(model, {"a": "inner.1.gate_proj", "b": "inner.1.down_proj"}, kernel="Kernel")
+    model.inner[1].down_proj = nn.Linear(16, 8, bias=False).to(x.device)
+    unfuse_modules(model)
+    assert [type(module) for module in model.modules()] == [
+        *(Around, nn.Sequential, Norm, Mlp, nn.Linear, nn.Linear, nn.Linear, Norm)
+    ]
+
+
 def test_a_kernel_of_another_model_is_not_run(model: Model, x: Tensor) -> None:
     fuse(model)
     other = copy.deepcopy(model)
@@ -508,3 +520,20 @@ def test_in_a_copy_a_hook_on_a_module_around_a_member_gets_the_real_value(
         watch(copied)
     assert torch.equal(copied(x), expected)
     assert seen == [Tensor]
+
+
+def test_a_copy_with_a_module_around_a_member_is_fused_again_as_its_report_says(
+    x: Tensor,
+) -> None:
+    model = Model(1).to(x.device)
+    model.layers[0].norm = Around(model.layers[0].norm)
+    paths = {"norm": "layers.*.norm.inner", "mlp": "layers.*.mlp"}
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, paths, kernel="Kernel")
+        copied = copy.deepcopy(model)
+        expected = copied(x)
+        assert "fuse the copy again" in report(copied).groups[0].reason
+        assert kernel_calls(copied) == [0]
+        fuse_modules(copied, paths, kernel="Kernel")
+    assert torch.equal(copied(x), expected)
+    assert kernel_calls(copied) == [1]

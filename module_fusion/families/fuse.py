@@ -21,7 +21,7 @@ from ..paths import Group, check_paths, find_modules
 from ..plain import why_foreign
 from ..planning import Job, check_no_overlap, make_jobs
 from ..report import FusionReport, GroupReport
-from ..surgery import apply_jobs, check_arguments, forget_prepared, undo_chains
+from ..surgery import apply_jobs, check_arguments, forget_prepared, set_holders, undo_chains
 from .certificate import Certificates, Samples
 from .family import FusionFamily, chosen_families
 from .layout import Packer
@@ -209,6 +209,7 @@ def _fuse_family(
     for job in jobs:
         if job not in empty:
             job.chain.seat._arm()  # type: ignore[union-attr]
+            set_holders(job)
     restored, failed = _apply(model, empty, family.kernel, mode, device)
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
