@@ -13,6 +13,7 @@ from ..modules import original_class
 from .family import FusionFamily, register_family
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MANY = 4096
 _GRID = 3
 
 
@@ -44,10 +45,15 @@ class PatchEmbeddingsFamily(FusionFamily):
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
-        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, no batch."""
+        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, no batch.
+
+        On a GPU also many patches: there kernels are chosen by size.
+        """
         proj: Any = members[0]
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]
         shapes = [(2, proj.in_channels, *size) for size in sizes]
         shapes.append((proj.in_channels, *sizes[1]))
+        if proj.weight.is_cuda:
+            shapes.append((_MANY, proj.in_channels, *patch))
         return [(torch.randn(shape, generator=generator, device="cpu"),) for shape in shapes]

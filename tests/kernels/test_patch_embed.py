@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,14 +48,11 @@ def several(examples: int) -> settings:
 
 
 @pytest.fixture(autouse=True)
-def _fp32_is_not_tf32(device: str) -> Iterator[None]:
-    """Which convolutions cuDNN computes in TF32 is its own choice; one test below allows it."""
+def _few_patches_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU multiplies fp32 patches of any number."""
     if INTERPRETED and device != "cpu":
         pytest.skip("the interpreter runs on the CPU")
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(_ops, "_FEW_ROWS", 0)
 
 
 def multiplies(x: Tensor, weight_NK: Tensor, plan: _geometry.PatchPlan) -> bool:
@@ -434,21 +431,16 @@ def test_the_operators_are_registered_as_torch_expects(device: str, channels_las
     torch.library.opcheck(op.default, (x, proj.weight, proj.bias, [8, 8], channels_last))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="the rule is for the Triton kernels")
-def test_fp32_is_multiplied_as_convolutions_are_set_to() -> None:
-    launch, cudnn, x = _ops._launch, torch.backends.cudnn, torch.empty(0)
-    cudnn.allow_tf32 = False
-    assert launch._precision(x)["PRECISION"] == "ieee"
-    cudnn.allow_tf32 = True
-    assert launch._precision(x)["PRECISION"] == "tf32"
-    assert launch._precision(x.bfloat16())["PRECISION"] == "ieee"
-    with cudnn.flags(enabled=False, allow_tf32=True, fp32_precision=None):
-        assert launch._precision(x)["PRECISION"] == "ieee"
-    if hasattr(cudnn, "conv"):
-        # Reading `allow_tf32` now would raise: only one of the two settings was changed.
-        cudnn.conv.fp32_precision = "ieee"
-        assert launch._precision(x)["PRECISION"] == "ieee"
-    cudnn.allow_tf32 = False
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_few_patches_in_fp32_are_left_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    launches = []
+    monkeypatch.setattr(_ops._launch, "output", lambda x, *_: launches.append(x.size(0)))
+    proj = conv2d("cuda")
+    for rows in (4095, 4096):
+        with torch.no_grad():
+            bound(proj)(torch.empty(rows, 3, 8, 8, device="cuda"))
+    assert launches == [4096]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the rule is for the Triton kernels")
@@ -461,24 +453,20 @@ def test_offsets_of_large_tensors_have_64_bits() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_tf32_is_as_good_as_rounded_operands(dims: int) -> None:
-    torch.backends.cudnn.allow_tf32 = True
+def test_fp32_is_as_exact_as_the_convolution_whatever_it_is_allowed(dims: int, tf32: bool) -> None:
     torch.manual_seed(0)
     patch = (2, 14, 14)[-dims:]
-    proj = CONVOLUTIONS[dims](3, 256, patch, patch, device="cuda")
+    proj = CONVOLUTIONS[dims](3, 1152, patch, patch, device="cuda")
     x = torch.randn(64, 3, *(2 * p for p in patch), device="cuda")
-    grad = torch.randn_like(proj(x))
-
-    def tf32(value: Tensor) -> Tensor:
-        bits = value.float().view(torch.int32)
-        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()
-
-    ours, theirs = results(bound(proj), proj, x, grad), results(proj, proj, x, grad)
-    true, rounded = exact(proj, x, grad, lambda t: t), exact(proj, x, grad, tf32)
-    for mine, other, ideal, value in zip(ours, theirs, rounded, true, strict=True):
-        errors = [float((v.double() - value).norm()) for v in (mine, other, ideal)]
-        assert errors[0] <= 1.1 * max(errors[1:]) + 1e-6 * float(value.norm())
+    with torch.backends.cudnn.flags(allow_tf32=tf32):
+        grad = torch.randn_like(proj(x))
+        ours, theirs = results(bound(proj), proj, x, grad), results(proj, proj, x, grad)
+    true = exact(proj, x, grad, lambda t: t)
+    for mine, other, value in zip(ours, theirs, true, strict=True):
+        error, allowed = (float((v.double() - value).norm() / value.norm()) for v in (mine, other))
+        assert error <= max(1.1 * allowed, 3e-7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

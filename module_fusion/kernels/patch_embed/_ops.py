@@ -6,6 +6,7 @@ Eager calls launch directly: an operator of `torch.library` costs several micros
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ else:
     _INTERPRETED = _launch.INTERPRETED
     _HAS_TRITON = True
 
+_FEW_ROWS = 0 if _INTERPRETED else 4096
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
@@ -47,7 +49,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan)
         return patch_embed(x.unsqueeze(0), weight, bias, plan).squeeze(0)
     if x.device.type == "cpu" and not _INTERPRETED:
         return patch_embed_torch(x, weight, bias, plan)
-    if not _runs_triton(x.device):
+    if not _runs_triton(x.device) or _is_small(x, plan):
         return convolve(x, weight, bias, plan)
     patch, channels_last = list(plan.patch), plan.token_major or is_channels_last(x)
     if torch.compiler.is_compiling():
@@ -58,6 +60,15 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan)
     ):
         return _apply(x, weight, bias, patch, channels_last)
     return _launch.output(x, weight, bias, patch, channels_last)
+
+
+def _is_small(x: Tensor, plan: PatchPlan) -> bool:
+    """Whether a convolution in fp32 is faster: with few patches, cuDNN's is.
+
+    Time of cuDNN's over ours on an H200: 0.2 for 196 patches of 16 x 16, 0.3 for 16 of Qwen2-VL,
+    1.8 to 2.6 for 11,664 to 25,088.
+    """
+    return x.dtype == torch.float32 and x.size(0) * math.prod(grid_of(x, plan)) < _FEW_ROWS
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -36,14 +36,7 @@ def _columns_K(k, sc, s0, s1, s2, P0: tl.constexpr, P1: tl.constexpr, P2: tl.con
 @triton.jit
 def _operand(x, OPERAND: tl.constexpr):
     """A factor of a product, as the product is to see it."""
-    if OPERAND == "tf32":
-        # To the nearest TF32 number; the tensor cores alone would cut the low bits off.
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1
-        )
-        x = bits.to(tl.float32, bitcast=True)
-    elif OPERAND == "fp32":
+    if OPERAND == "fp32":
         # Triton's interpreter does not multiply bf16.
         x = x.to(tl.float32)
     return x
