@@ -1,6 +1,6 @@
 """Time of PatchEmbed against the convolution it replaces, and against a plain matrix product.
 
-    python benchmarks/patch_embed.py [cpu|cuda]
+    python benchmarks/patch_embed.py [cpu|cuda] [--save]
 
 Candidates take turns; a cell is the median time of one call. On a GPU a call is a CUDA graph,
 so that launches do not count, and inputs rotate through more memory than the L2 cache has.
@@ -8,8 +8,8 @@ so that launches do not count, and inputs rotate through more memory than the L2
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import machine, print_table
+from common import machine, print_table, saved
 from torch import Tensor, nn
 
 from module_fusion.kernels.patch_embed._geometry import PatchPlan
@@ -118,7 +118,7 @@ def on_gpu(case: Case) -> dict[str, float]:
 
 
 @torch.no_grad()
-def main(device: str) -> None:
+def measured(device: str) -> None:
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if device == "cuda" else machine()
     print(f"{where}, {torch.get_num_threads()} threads, µs a call\n")
@@ -131,5 +131,21 @@ def main(device: str) -> None:
     print_table(["", "dtype", *times, "conv / PatchEmbed"], rows)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("device", nargs="?", choices=["cpu", "cuda"], default=default)
+    parser.add_argument(
+        "--save", action="store_true", help="write results/kernels-cpu.md or kernels-gpu.md"
+    )
+    arguments = parser.parse_args()
+    name = f"kernels-{'cpu' if arguments.device == 'cpu' else 'gpu'}.md"
+    with saved(
+        name if arguments.save else None,
+        f"The kernels, {'CPU' if arguments.device == 'cpu' else 'GPU'}",
+    ):
+        measured(arguments.device)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1] if sys.argv[1:] else "cuda" if torch.cuda.is_available() else "cpu")
+    main()

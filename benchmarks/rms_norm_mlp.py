@@ -7,6 +7,7 @@ round, in one process; the numbers are medians.
 
     python benchmarks/rms_norm_mlp.py
     python benchmarks/rms_norm_mlp.py --shapes 0.6B --tokens 1 16 --skip-training
+    python benchmarks/rms_norm_mlp.py --cpu --save
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import Repository, machine, print_table
+from common import Repository, machine, print_table, saved
 from kernels import Mode, use_kernel_mapping
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -268,15 +269,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--cpu", action="store_true", help="the CPU table, also where a GPU is")
+    parser.add_argument(
+        "--save", action="store_true", help="write results/kernels-cpu.md or kernels-gpu.md"
+    )
     arguments = parser.parse_args()
-    print(machine())
-    if arguments.cpu or not torch.cuda.is_available():
-        on_cpu(arguments.tokens or CPU_TOKENS, arguments.rounds)
-        return
-    print(torch.cuda.get_device_name())
-    inference(arguments.shapes, arguments.tokens or TOKENS, arguments.rounds)
-    if not arguments.skip_training:
-        training(arguments.shapes, arguments.rounds)
+    device = "cpu" if arguments.cpu or not torch.cuda.is_available() else "gpu"
+    name = f"kernels-{device}.md" if arguments.save else None
+    with saved(name, f"The kernels, {device.upper()}"):
+        print(machine())
+        if device == "cpu":
+            on_cpu(arguments.tokens or CPU_TOKENS, arguments.rounds)
+            return
+        print(torch.cuda.get_device_name())
+        inference(arguments.shapes, arguments.tokens or TOKENS, arguments.rounds)
+        if not arguments.skip_training:
+            training(arguments.shapes, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +68,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) ->
 def is_known(x: Tensor, weight: Tensor, plan: PatchPlan) -> bool:
     """Whether the matrix product applies. All else, errors too, is left to the convolution."""
     dims = len(plan.patch)
+    shape, filters, dtype = x.shape, weight.shape, x.dtype
     return (
-        x.dim() in (dims + 1, dims + 2)
-        and x.dtype == weight.dtype
-        and x.dtype in DTYPES
+        len(shape) in (dims + 1, dims + 2)
+        and dtype == weight.dtype
+        and dtype in DTYPES
         and x.device == weight.device
         and x.layout == torch.strided
-        and x.size(-dims - 1) == weight.size(1)
-        and weight.shape[2:] == plan.patch
+        and shape[-dims - 1] == filters[1]
+        and filters[2:] == plan.patch
         and x.numel() > 0
         and weight.numel() > 0
-        and all(n >= p for n, p in zip(x.shape[-dims:], plan.patch, strict=True))
+        and all(map(operator.ge, shape[-dims:], plan.patch))
         # A weight in channels_last memory has no view as a matrix of flattened patches.
         and weight.is_contiguous()
     )

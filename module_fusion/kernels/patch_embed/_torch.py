@@ -18,16 +18,20 @@ _LEAST_WIDTH = 14
 
 def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
     """Embed `(batch, channels, *size)` by a view or a copy of the patches and `F.linear`."""
-    grid = grid_of(x, plan)
-    batch, channels_out = x.size(0), weight.size(0)
+    channels_out, better = weight.size(0), _sums_better(x)
     weight_NK = weight.view(channels_out, -1)
-    if all(n == 1 for n in grid) and not _sums_better(x):
-        y_MN = F.linear(_crop(x, plan).reshape(batch, -1), weight_NK, bias)
-        return y_MN.view(batch, channels_out, *grid)
-    if _sums_better(x) or not _gains(x, weight_NK, plan):
+    if x.shape[2:] == plan.patch and not better:
+        # One patch a row: few products are so small that every operation in Python counts.
+        y_MN = F.linear(x.reshape(x.size(0), -1), weight_NK, bias)
+        return y_MN.view(*y_MN.shape, *(1,) * len(plan.patch))
+    grid = grid_of(x, plan)
+    if all(n == 1 for n in grid) and not better:
+        y_MN = F.linear(_crop(x, plan).reshape(x.size(0), -1), weight_NK, bias)
+        return y_MN.view(*y_MN.shape, *grid)
+    if better or not _gains(x, weight_NK, plan):
         return convolve(x, weight, bias, plan)
     y_MN = F.linear(patches(x, plan), weight_NK, bias)
-    y = y_MN.view(batch, *grid, channels_out).movedim(-1, 1)
+    y = y_MN.view(x.size(0), *grid, channels_out).movedim(-1, 1)
     return y if plan.token_major or is_channels_last(x) else y.contiguous()
 
 
