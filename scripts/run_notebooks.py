@@ -36,6 +36,8 @@ METADATA = {
 _CONDITIONS = re.compile(r"\b\d+ rounds.*? in turn; (medians \[.*?\]); [^\n]*?; torch \S+")
 _VERDICT = re.compile(r"no difference shown|[\d.]+ times as fast|takes [\d.]+ times as long")
 _NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]\d+)?(?: (?:s|ms|µs|ns)\b)?")
+_FOOTNOTE = re.compile(r"^\[\d+\](?= )|(?<=  )\[\d+\]$", re.MULTILINE)
+_REPEATED = re.compile(r"^(\[#\] .*(?:\n|\Z))\1+", re.MULTILINE)
 _FLOAT = re.compile(r"(?:<(?=1\.0))?(-?\d+\.\d+(?:e[+-]?\d+)?)")
 _SMALLEST = re.compile(r"(differ\s+\S+\s+)\S+\s+\S+")
 _ACCURACY = re.compile(r"error [\d.]+ x the modules'")
@@ -62,7 +64,7 @@ def execute(notebook: NotebookNode, twice: bool = False) -> NotebookNode:
     fresh = deepcopy(notebook)
     fresh.metadata = nbformat.from_dict(METADATA)
     if twice:
-        fresh.cells = [cell for cell in fresh.cells for _ in range(_times(cell))]
+        fresh.cells = [deepcopy(cell) for cell in fresh.cells for _ in range(_times(cell))]
         for number, cell in enumerate(fresh.cells):
             cell.id = f"run-{number}"
     with tempfile.TemporaryDirectory() as home:
@@ -141,7 +143,8 @@ def agree(stored: str, fresh: str, timing: bool = False) -> bool:
     Numbers with a point may be one off in their last place. Those in scientific notation are
     errors: they may be off by a tenth, and all that are as small as rounding agree. What depends
     on rounding alone does not count: errors in ULPs or relative to a single value, which come from
-    values near zero, and an accuracy in units of the modules'. Neither does the width of columns.
+    values near zero, and an accuracy in units of the modules'. Neither do the width of columns and
+    the numbers of footnotes.
 
     Args:
         stored: one text.
@@ -157,7 +160,7 @@ def agree(stored: str, fresh: str, timing: bool = False) -> bool:
 
 def _without_rounding(text: str) -> str:
     text = _ACCURACY.sub("error # x the modules'", _SMALLEST.sub(r"\1#  #", text))
-    return _PADDING.sub("  ", text)
+    return _PADDING.sub("  ", _REPEATED.sub(r"\1", _FOOTNOTE.sub("[#]", text)))
 
 
 def _without_times(text: str) -> str:

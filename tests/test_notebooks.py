@@ -182,6 +182,13 @@ def test_times_and_devices_do_not_count_in_cells_that_show_times(script: ModuleT
         ("differ  1.77e-03  1.54e+01  19322  0.5", "differ  1.77e-03  9e-01  4.2e+06  0.5", True),
         ("differ  1.77e-03  1.54e+01  19322  0.5", "differ  1.77e-02  1e+01  19322  0.5", False),
         ("error 0.91 x the modules'", "error 1.05 x the modules'", True),
+        (
+            "a  [1]\nb  [2]\n[1] error 0.91 x the modules'\n[2] error 1.00 x the modules'\n[3] hm",
+            "a  [1]\nb  [1]\n[1] error 1.00 x the modules'\n[2] hm",
+            True,
+        ),
+        ("a  [1]\n[1] a hook", "a  [1]\n[1] an adapter", False),
+        ("[3]", "[4]", False),
         ("kernel 4", "kernel 5", False),
         ("a  ----", "a  --", True),
         ("equal", "differ", False),
