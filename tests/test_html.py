@@ -447,6 +447,26 @@ def test_colours_follow_the_notebook_where_it_tells_else_the_system(seen: Any) -
         assert (shade > 0.9) if theme == "light" else (shade < 0.02), name
 
 
+WORDS = """
+function measure() {
+  return [...document.querySelectorAll(".mf-report th")].flatMap(th => {
+    const text = th.firstChild, found = [];
+    for (const word of text ? text.data.matchAll(/\\S+/g) : []) {
+      const range = document.createRange();
+      range.setStart(text, word.index); range.setEnd(text, word.index + word[0].length);
+      found.push([word[0], range.getClientRects().length]); }
+    return found; }); }
+"""
+
+
+@needs_browser
+def test_no_word_in_a_header_is_taken_apart_however_narrow_the_page() -> None:
+    wide = table(["a long name", "argmax", "error / modules'"], [["differ" * 20, "1.0", "2.0"]])
+    words = screenshots.look(page_fragment("wide", [wide]), "light", 500, 900, WORDS)
+    named = ["a", "long", "name", "argmax", "error", "/", "modules'"]
+    assert words == [[word, 1] for word in named]
+
+
 @needs_browser
 def test_the_picture_is_not_blank(tmp_path: Path) -> None:
     shades = {}

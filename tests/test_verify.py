@@ -55,6 +55,12 @@ def test_a_kernel_with_the_same_bits_is_equal_to_the_bit(model: Model, x: Tensor
     assert found.first_difference is None
 
 
+def test_it_says_how_often_kernels_ran_in_good_english(x: Tensor):
+    model = Model(1).to(x.device)
+    fused_with(members_kernel(1), model)
+    assert verify(model, x).verdict == "Passed, equal to the bit: a kernel ran once"
+
+
 def test_a_more_accurate_kernel_passes_and_is_not_called_equal(model: Model, x: Tensor):
     fused_with(Inexact, model)
     found = verify(model, x)

@@ -33,7 +33,8 @@ body[data-jp-theme-light="false"] .mf-report, .vscode-dark .mf-report,
   text-align: left; vertical-align: top; font-size: inherit; color: inherit; background: none;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: normal; }
 .mf-report table.mf-table tr.mf-row > td:last-child { min-width: 150px; }
-.mf-report table.mf-table th { font-weight: 500; color: var(--mf-muted); padding-top: 0; }
+.mf-report table.mf-table th { font-weight: 500; color: var(--mf-muted); padding-top: 0;
+  overflow-wrap: normal; }
 .mf-report table.mf-table tr.mf-row > td { border-top: 1px solid var(--mf-line); }
 .mf-report table.mf-table tr > td.mf-wide { max-width: none; padding: 2px 0 14px; }
 .mf-report :is(.mf-badge, .mf-unbroken) { white-space: nowrap; }

@@ -107,7 +107,7 @@ class VerificationReport:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
             return f"FAILED: {self.problems[0]}{more}"
         calls = sum(group.kernel_calls for group in self.groups)
-        ran = f"kernels ran {calls} times" if calls else "no kernel ran"
+        ran = {0: "no kernel ran", 1: "a kernel ran once"}.get(calls, f"kernels ran {calls} times")
         if self.equal:
             return f"Passed, equal to the bit: {ran}"
         return f"Passed: {ran}, each as accurate as the modules it replaced; not equal to the bit"
