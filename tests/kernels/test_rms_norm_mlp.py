@@ -295,6 +295,22 @@ def test_second_derivatives_are_those_of_the_members(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_tied_weights_have_the_second_derivatives_of_the_members(device: str) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(8, 12, torch.float32, device)
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    seat = Seat(norm, mlp)
+    x, tensors = torch.randn(3, 8, device=device), [*norm.parameters(), *mlp.parameters()]
+    found = []
+    for function in (seat, lambda z: mlp(norm(z))):
+        firsts = torch.autograd.grad(function(x).square().sum(), tensors, create_graph=True)
+        total = torch.stack([first.square().sum() for first in firsts]).sum()
+        found.append([*firsts, *torch.autograd.grad(total, tensors)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("merged", [False, True, "up first"])
 def test_compiled_whole_forward_and_backward(
