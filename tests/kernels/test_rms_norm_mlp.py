@@ -312,6 +312,24 @@ def test_tied_weights_have_the_second_derivatives_of_the_members(device: str) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_output_may_be_modified_in_place(device: str, dtype: torch.dtype, trains: bool) -> None:
+    norm, mlp = members(16, 24, dtype, device)
+    seat = Seat(norm, mlp)
+    x, other = torch.randn(2, 2, 3, 16).to(device, dtype).requires_grad_()
+    found = []
+    for function in (seat, lambda z: mlp(norm(z))):
+        with torch.set_grad_enabled(trains):
+            y = function(x)
+        assert not y._is_view()
+        y *= other
+        found.append(torch.autograd.grad(y.sum(), [x, other] if trains else [other]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("merged", [False, True, "up first"])
 def test_compiled_whole_forward_and_backward(
     device: str, dtype: torch.dtype, merged: bool | str
