@@ -272,6 +272,45 @@ def test_every_view_that_the_convolutions_output_allows_is_allowed(device: str) 
         y.view(shape)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
+@pytest.mark.usefixtures("_rows_always")
+def test_the_output_may_be_modified_in_place(
+    device: str, size: tuple[int, int], dtype: torch.dtype, layout: str, trains: bool
+) -> None:
+    proj, x = conv2d(device, dtype), torch.randn(2, 3, *size, device=device, dtype=dtype)
+    x, other = arranged(x, layout), torch.randn((), device=device, dtype=dtype, requires_grad=True)
+    found = []
+    for run in (bound(proj), proj):
+        with torch.set_grad_enabled(trains):
+            y = run(x)
+        y *= other
+        wanted = [other, *proj.parameters()] if trains else [other]
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), wanted)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have no forward-mode derivative")
+def test_forward_mode_derivatives_need_no_gradients() -> None:
+    proj, x, tangent = conv2d(), *torch.randn(2, 2, 3, 8, 8)
+    with torch.no_grad():
+        ours, theirs = (torch.func.jvp(run, (x,), (tangent,))[1] for run in (bound(proj), proj))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
+def test_one_patch_has_the_strides_of_the_convolutions(device: str, dims: int, layout: str) -> None:
+    patch = (2, 4, 4)[-dims:]
+    proj = CONVOLUTIONS[dims](3, 8, patch, patch, device=device)
+    x = arranged(torch.randn(2, 3, *patch, device=device), layout)
+    with torch.no_grad():
+        assert bound(proj)(x).stride() == proj(x).stride()
+
+
 def test_one_patch_per_row_is_multiplied_where_it_lies(device: str) -> None:
     proj = nn.Conv3d(3, 24, (2, 4, 4), (2, 4, 4), device=device)
     x = torch.randn(7, 3, 2, 4, 4, device=device)
