@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._geometry import PatchPlan, convolve, grid_of, is_channels_last, is_known
+from ._geometry import (
+    PatchPlan,
+    convolution_input_grad,
+    convolution_weight_grad,
+    convolve,
+    grid_of,
+    is_channels_last,
+    is_known,
+)
 from ._torch import patch_embed_torch
 
 try:
@@ -86,8 +93,10 @@ class _PatchEmbed(torch.autograd.Function):
         return _launch.output(x, weight, bias, patch, last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # create_graph=True: gradients that can be differentiated again.
+            return _gradients(ctx, grad, convolution_input_grad, convolution_weight_grad)
         return _gradients(ctx, grad, _launch.input_grad, _launch.weight_grad)
 
 
