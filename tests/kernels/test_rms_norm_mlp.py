@@ -330,6 +330,28 @@ def test_the_output_may_be_modified_in_place(device: str, dtype: torch.dtype, tr
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_that_was_modified_gives_the_right_gradient_or_an_error(
+    device: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(16, 24, dtype, device)
+    seat = Seat(norm, mlp)
+    leaf = torch.randn(2, 3, 16).to(device, dtype).requires_grad_()
+
+    def gradient(function: Any) -> Tensor:
+        x = leaf * 1
+        x += function(x)
+        return torch.autograd.grad(x.float().square().sum(), leaf)[0]
+
+    if dtype == torch.bfloat16 and not seat.prepared.triton:
+        torch.testing.assert_close(gradient(seat), gradient(lambda z: mlp(norm(z))))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(seat)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("merged", [False, True, "up first"])
 def test_compiled_whole_forward_and_backward(
     device: str, dtype: torch.dtype, merged: bool | str
