@@ -269,6 +269,45 @@ def test_every_view_that_the_convolutions_output_allows_is_allowed(device: str) 
         y.view(shape)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
+@pytest.mark.usefixtures("_rows_always")
+def test_the_output_may_be_modified_in_place(
+    device: str, size: tuple[int, int], dtype: torch.dtype, layout: str, trains: bool
+) -> None:
+    proj, x = conv2d(device, dtype), torch.randn(2, 3, *size, device=device, dtype=dtype)
+    x, other = arranged(x, layout), torch.randn((), device=device, dtype=dtype, requires_grad=True)
+    found = []
+    for run in (bound(proj), proj):
+        with torch.set_grad_enabled(trains):
+            y = run(x)
+        y *= other
+        wanted = [other, *proj.parameters()] if trains else [other]
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), wanted)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have no forward-mode derivative")
+def test_forward_mode_derivatives_need_no_gradients() -> None:
+    proj, x, tangent = conv2d(), *torch.randn(2, 2, 3, 8, 8)
+    with torch.no_grad():
+        ours, theirs = (torch.func.jvp(run, (x,), (tangent,))[1] for run in (bound(proj), proj))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
+def test_one_patch_has_the_strides_of_the_convolutions_on_a_cpu(dims: int, layout: str) -> None:
+    patch = (2, 4, 4)[-dims:]
+    proj = CONVOLUTIONS[dims](3, 8, patch, patch)
+    x = arranged(torch.randn(2, 3, *patch), layout)
+    with torch.no_grad():
+        assert bound(proj)(x).stride() == proj(x).stride()
+
+
 def test_one_patch_per_row_is_multiplied_where_it_lies(device: str) -> None:
     proj = nn.Conv3d(3, 24, (2, 4, 4), (2, 4, 4), device=device)
     x = torch.randn(7, 3, 2, 4, 4, device=device)
@@ -373,20 +412,23 @@ def test_a_swapped_class_is_known_by_its_original() -> None:
     assert prepare(proj).patch == (8, 8)
 
 
-def test_second_derivatives_are_right_or_refused(device: str) -> None:
-    proj, x = conv2d(device), torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
-
-    def second(run: Callable[[Tensor], Tensor]) -> Tensor | None:
-        proj.zero_grad()
-        (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
-        first.square().sum().backward()
-        return proj.weight.grad
-
-    if device == "cpu" and not INTERPRETED:
-        torch.testing.assert_close(second(bound(proj)), second(proj))
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            second(bound(proj))
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_second_derivatives_are_the_convolutions(device: str, dims: int, layout: str) -> None:
+    patch = (2, 4, 3)[-dims:]
+    proj = CONVOLUTIONS[dims](3, 8, patch, patch, device=device)
+    size = [2 * p + 1 for p in patch]
+    x = arranged(torch.randn(2, 3, *size, device=device), layout).requires_grad_()
+    found = []
+    for run in (bound(proj), proj):
+        for wanted in ([x], [proj.weight], [x, *proj.parameters()]):
+            firsts = torch.autograd.grad(run(x).square().sum(), wanted, create_graph=True)
+            total = torch.stack([first.square().sum() for first in firsts]).sum()
+            found += [f.detach() for f in firsts]
+            found += torch.autograd.grad(total, [x, *proj.parameters()])
+    half = len(found) // 2
+    for ours, theirs in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("frozen", [(), ("input",), ("weight",), ("weight", "bias"), ("bias",)])

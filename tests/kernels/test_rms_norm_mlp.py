@@ -295,6 +295,62 @@ def test_second_derivatives_are_those_of_the_members(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_tied_weights_have_the_second_derivatives_of_the_members(device: str) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(8, 12, torch.float32, device)
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    seat = Seat(norm, mlp)
+    x, tensors = torch.randn(3, 8, device=device), [*norm.parameters(), *mlp.parameters()]
+    found = []
+    for function in (seat, lambda z: mlp(norm(z))):
+        firsts = torch.autograd.grad(function(x).square().sum(), tensors, create_graph=True)
+        total = torch.stack([first.square().sum() for first in firsts]).sum()
+        found.append([*firsts, *torch.autograd.grad(total, tensors)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_output_may_be_modified_in_place(device: str, dtype: torch.dtype, trains: bool) -> None:
+    norm, mlp = members(16, 24, dtype, device)
+    seat = Seat(norm, mlp)
+    x, other = torch.randn(2, 2, 3, 16).to(device, dtype).requires_grad_()
+    found = []
+    for function in (seat, lambda z: mlp(norm(z))):
+        with torch.set_grad_enabled(trains):
+            y = function(x)
+        assert not y._is_view()
+        y *= other
+        found.append(torch.autograd.grad(y.sum(), [x, other] if trains else [other]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_input_that_was_modified_gives_the_right_gradient_or_an_error(
+    device: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(16, 24, dtype, device)
+    seat = Seat(norm, mlp)
+    leaf = torch.randn(2, 3, 16).to(device, dtype).requires_grad_()
+
+    def gradient(function: Any) -> Tensor:
+        x = leaf * 1
+        x += function(x)
+        return torch.autograd.grad(x.float().square().sum(), leaf)[0]
+
+    if dtype == torch.bfloat16 and not seat.prepared.triton:
+        torch.testing.assert_close(gradient(seat), gradient(lambda z: mlp(norm(z))))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(seat)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("merged", [False, True, "up first"])
 def test_compiled_whole_forward_and_backward(

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import (
+    conv1d_input,
+    conv1d_weight,
+    conv2d_input,
+    conv2d_weight,
+    conv3d_input,
+    conv3d_weight,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -63,6 +72,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) ->
     """The convolution itself."""
     convolution = (F.conv1d, F.conv2d, F.conv3d)[len(plan.patch) - 1]
     return convolution(x, weight, bias, plan.patch)
+
+
+def convolution_input_grad(
+    grad: Tensor, weight: Tensor, size: Sequence[int], patch: Sequence[int]
+) -> Tensor:
+    """The convolution's own gradient, `(batch, channels, *size)`, which has derivatives."""
+    gradient: Any = (conv1d_input, conv2d_input, conv3d_input)[len(patch) - 1]
+    return gradient(size, weight, grad, stride=patch)  # type: ignore[no-any-return]
+
+
+def convolution_weight_grad(grad: Tensor, x: Tensor, patch: Sequence[int]) -> Tensor:
+    """The convolution's own gradient, `(embed_dim, channels, *patch)`, which has derivatives."""
+    gradient: Any = (conv1d_weight, conv2d_weight, conv3d_weight)[len(patch) - 1]
+    size = grad.size(1), x.size(1), *patch
+    return gradient(x, size, grad, stride=patch)  # type: ignore[no-any-return]
 
 
 def is_known(x: Tensor, weight: Tensor, plan: PatchPlan) -> bool:

@@ -49,9 +49,9 @@ def output(
         token_major = channels_last or count == 1
         if token_major and _suits_cublas(gather, width, weight_NK):
             y_MN = F.linear(gather.tensor.view(rows, width), weight_NK, bias)
-            return _in_grid(y_MN, grid)
+            return _in_grid(y_MN, grid, channels_last)
         if token_major:
-            y = _in_grid(x.new_empty(rows, columns), grid)
+            y = _in_grid(x.new_empty(rows, columns), grid, channels_last)
             y_strides = count * columns, 1, columns
         else:
             y = x.new_empty(x.size(0), columns, *grid)
@@ -164,11 +164,11 @@ def _suits_cublas(gather: _Gather, width: int, weight_NK: Tensor) -> bool:
     )
 
 
-def _in_grid(y_MN: Tensor, grid: Sequence[int]) -> Tensor:
-    """Rows `(M, embed_dim)` seen as `(batch, embed_dim, *grid)`."""
-    if math.prod(grid) == 1:
-        return y_MN.view(-1, y_MN.size(1), *grid)
-    return y_MN.view(-1, *grid, y_MN.size(1)).movedim(-1, 1)
+def _in_grid(y_MN: Tensor, grid: Sequence[int], channels_last: bool) -> Tensor:
+    """Rows as `(batch, embed_dim, *grid)`; no view, which nobody could modify under autograd."""
+    if not channels_last:
+        return y_MN.view(-1, y_MN.size(1), *grid).detach()
+    return y_MN.view(-1, *grid, y_MN.size(1)).movedim(-1, 1).detach()
 
 
 def _as_rows(grad: Tensor) -> Tensor:

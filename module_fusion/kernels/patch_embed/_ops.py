@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._geometry import PatchPlan, convolve, grid_of, is_channels_last, is_known
+from ._geometry import (
+    PatchPlan,
+    convolution_input_grad,
+    convolution_weight_grad,
+    convolve,
+    grid_of,
+    is_channels_last,
+    is_known,
+)
 from ._torch import patch_embed_torch
 
 try:
@@ -97,8 +104,10 @@ class _PatchEmbed(torch.autograd.Function):
         return _launch.output(x, weight, bias, patch, last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # create_graph=True: gradients that can be differentiated again.
+            return _gradients(ctx, grad, convolution_input_grad, convolution_weight_grad)
         return _gradients(ctx, grad, _launch.input_grad, _launch.weight_grad)
 
 
@@ -141,7 +150,7 @@ def _define_operators() -> Any:
         x: Tensor, weight: Tensor, bias: Tensor | None, patch: list[int], channels_last: bool
     ) -> Tensor:
         grid = grid_of(x, PatchPlan(tuple(patch), channels_last))
-        if channels_last and any(n != 1 for n in grid):
+        if channels_last:
             return x.new_empty(x.size(0), *grid, weight.size(0)).movedim(-1, 1)
         return x.new_empty(x.size(0), weight.size(0), *grid)
 

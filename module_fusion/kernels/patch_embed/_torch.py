@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._geometry import PatchPlan, convolve, grid_of, is_channels_last
 
@@ -18,21 +19,27 @@ _LEAST_WIDTH = 14
 
 def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
     """Embed `(batch, channels, *size)` by a view or a copy of the patches and `F.linear`."""
-    channels_out, better = weight.size(0), _sums_better(x)
-    weight_NK = weight.view(channels_out, -1)
-    if x.shape[2:] == plan.patch and not better:
-        # One patch a row: few products are so small that every operation in Python counts.
-        y_MN = F.linear(x.reshape(x.size(0), -1), weight_NK, bias)
-        return y_MN.view(*y_MN.shape, *(1,) * len(plan.patch))
     grid = grid_of(x, plan)
-    if all(n == 1 for n in grid) and not better:
-        y_MN = F.linear(_crop(x, plan).reshape(x.size(0), -1), weight_NK, bias)
-        return y_MN.view(*y_MN.shape, *grid)
-    if better or not _gains(x, weight_NK, plan):
+    batch, channels_out = x.size(0), weight.size(0)
+    weight_NK = weight.view(channels_out, -1)
+    one_patch, channels_last = all(n == 1 for n in grid), is_channels_last(x)
+    if _sums_better(x) or not (one_patch or _gains(x, weight_NK, plan)):
         return convolve(x, weight, bias, plan)
-    y_MN = F.linear(patches(x, plan), weight_NK, bias)
-    y = y_MN.view(x.size(0), *grid, channels_out).movedim(-1, 1)
-    return y if plan.token_major or is_channels_last(x) else y.contiguous()
+    x_MK = _crop(x, plan).reshape(batch, -1) if one_patch else patches(x, plan)
+    y_MN = F.linear(x_MK, weight_NK, bias)
+    if one_patch and not channels_last:
+        return _modifiable(y_MN.view(batch, channels_out, *grid))
+    y = y_MN.view(batch, *grid, channels_out).movedim(-1, 1)
+    return _modifiable(y if plan.token_major or channels_last else y.contiguous())
+
+
+def _modifiable(y: Tensor) -> Tensor:
+    """`y` so that it can be modified with gradients: what `no_grad` made, not as a view."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return y
+    # A detached tensor has no forward-mode derivative.
+    tangent = forward_ad.unpack_dual(y).tangent  # type: ignore[no-untyped-call]
+    return y.detach() if tangent is None else y
 
 
 def patches(x: Tensor, plan: PatchPlan) -> Tensor:

@@ -80,6 +80,9 @@ class _RMSNormMLP(torch.autograd.Function):
 def _composed_gradients(
     dy: Tensor, x: Tensor, weights: Weights, options: Options, needs: Sequence[bool]
 ) -> list[Tensor | None]:
+    # Views, because one tensor may be two of the weights, and each has its own gradient.
+    x = x.view_as(x)
+    weights = Weights(*[t if t is None else t.view_as(t) for t in weights])  # type: ignore[arg-type]
     wanted = [t for t, need in zip((x, *weights), needs, strict=True) if t is not None and need]
     output = cpu.rms_norm_mlp(x, weights, options)
     gradients = iter(torch.autograd.grad(output, wanted, dy, create_graph=True))

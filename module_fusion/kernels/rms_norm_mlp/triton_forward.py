@@ -224,11 +224,12 @@ def forward(x: Tensor, weights: Weights, options: Options) -> Tensor:
     x_MH = rows(x)
     config = skinny(x_MH, weights)
     if config is not None:
-        return _few_tokens(x_MH, weights, options, config).view(x.shape)
+        return _shaped(_few_tokens(x_MH, weights, options, config), x)
     h_MH = rms_norm(x_MH, weights.norm, options)
     gate_MI, up_MI = gate_and_up(h_MH, weights, options.gate_first)
     product_MI = gated(gate_MI, up_MI, options.activation)
-    return torch.nn.functional.linear(product_MI, weights.down, weights.down_bias).view(x.shape)
+    y_MH = torch.nn.functional.linear(product_MI, weights.down, weights.down_bias)
+    return _shaped(y_MH, x)
 
 
 def forward_for_backward(
@@ -249,8 +250,13 @@ def forward_for_backward(
     else:
         up = torch.nn.functional.linear(h_MH, weights.up, weights.up_bias)
     product_MI = gated(*halves(gate, up, options.gate_first), options.activation)
-    y = torch.nn.functional.linear(product_MI, weights.down, weights.down_bias)
-    return y.view(x.shape), rstd_M, gate, up
+    y_MH = torch.nn.functional.linear(product_MI, weights.down, weights.down_bias)
+    return _shaped(y_MH, x), rstd_M, gate, up
+
+
+def _shaped(y_MH: Tensor, x: Tensor) -> Tensor:
+    """The rows in the shape of `x`, and no view, which nobody could modify under autograd."""
+    return y_MH.view(x.shape).detach()
 
 
 def halves(gate: Tensor, up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
