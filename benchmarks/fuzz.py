@@ -40,9 +40,11 @@ step the fused model and its never-fused twin are equal to the bit, and after th
 nothing tells them apart (`tests/test_machine.py`). "On a kernel" counts forwards in which a kernel
 ran at least once. Made by `python benchmarks/fuzz.py`.
 
-| date | module_fusion | versions | minutes | seeds | examples each | examples | steps | forwards | on a kernel | faults |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = (
+    "date", "module_fusion", "versions", "minutes", "seeds", "examples each", "examples", "steps",
+    "forwards", "on a kernel", "faults",
+)  # fmt: skip
 
 
 class Fault(NamedTuple):
@@ -70,8 +72,14 @@ def run(number: int, examples: int, steps: int) -> Fault | None:
     return None
 
 
-def row(minutes: float, seeds: Sequence[int], examples: int, faults: Sequence[Fault]) -> str:
-    cells = (
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def row(
+    minutes: float, seeds: Sequence[int], examples: int, faults: Sequence[Fault]
+) -> tuple[str, ...]:
+    return (
         datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         module_fusion.__version__,
         machine(),
@@ -84,7 +92,6 @@ def row(minutes: float, seeds: Sequence[int], examples: int, faults: Sequence[Fa
         f"{Machine.on_a_kernel:,}",
         ", ".join(f"seed {fault.seed}" for fault in faults) or "0",
     )
-    return f"| {' | '.join(cells)} |\n"
 
 
 def main() -> None:
@@ -100,23 +107,27 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start, number, faults = time.monotonic(), arguments.seed, []
-    while number == arguments.seed or time.monotonic() - start < 60 * arguments.minutes:
-        fault = run(number, arguments.examples, arguments.steps)
-        if fault is not None:
-            faults.append(fault)
-            print(f"\nseed {fault.seed}:\n{fault.text}", flush=True)
-        print(
-            f"{(time.monotonic() - start) / 60:6.1f} min, seed {number}: "
-            f"{Machine.examples:,} examples, {Machine.steps:,} steps, {Machine.forwards:,} "
-            f"forwards, {Machine.on_a_kernel:,} on a kernel, {len(faults)} faults",
-            flush=True,
-        )
-        number += 1
-    minutes = (time.monotonic() - start) / 60
-    if not arguments.results.exists():
-        arguments.results.write_text(HEADER)
-    with arguments.results.open("a") as results:
-        results.write(row(minutes, [arguments.seed, number - 1], arguments.examples, faults))
+    try:
+        while number == arguments.seed or time.monotonic() - start < 60 * arguments.minutes:
+            fault = run(number, arguments.examples, arguments.steps)
+            if fault is not None:
+                faults.append(fault)
+                print(f"\nseed {fault.seed}:\n{fault.text}", flush=True)
+            print(
+                f"{(time.monotonic() - start) / 60:6.1f} min, seed {number}: "
+                f"{Machine.examples:,} examples, {Machine.steps:,} steps, {Machine.forwards:,} "
+                f"forwards, {Machine.on_a_kernel:,} on a kernel, {len(faults)} faults",
+                flush=True,
+            )
+            number += 1
+    finally:
+        minutes = (time.monotonic() - start) / 60
+        seeds = (arguments.seed, max(arguments.seed, number - 1))
+        if not arguments.results.exists():
+            rule = line(["---"] * len(COLUMNS))
+            arguments.results.write_text(HEADER + line(COLUMNS) + rule)
+        with arguments.results.open("a") as results:
+            results.write(line(row(minutes, seeds, arguments.examples, faults)))
     sys.exit(bool(faults))
 
 
