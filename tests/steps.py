@@ -180,15 +180,18 @@ class Steps(RuleBasedStateMachine):
     def replace(self, at: int, seed: int, another_class: bool) -> None:
         """Another module in the place of a member, or of a part of one."""
 
-        # A copy of a parametrized module shares its class, and either takes that apart.
-        path = self.picked(
-            at, lambda m: is_called(m) and not any(map(is_parametrized, m.modules()))
-        )
+        def wanted(module: nn.Module) -> bool:
+            if another_class:
+                return type(module) in OTHERS
+            # A copy of a parametrized module shares its class, and either takes that apart.
+            return is_called(module) and not any(map(is_parametrized, module.modules()))
+
+        path = self.picked(at, wanted)
         if path is not None:
             fresh = copy.deepcopy(self.twins.twin.model.get_submodule(path))
             disturb(fresh, seed, "mul")
             if another_class:
-                fresh.__class__ = OTHERS.get(type(fresh), type(fresh))
+                fresh.__class__ = OTHERS[type(fresh)]
             self.put(path, lambda module: copy.deepcopy(fresh))
 
     @rule(at=PICK, first=PICK, second=PICK, objects=st.booleans())
