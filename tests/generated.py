@@ -225,9 +225,13 @@ class Case:
         for index, held in enumerate(self.held):
             self.paths[f"m{index}"] = f"blocks.*.m{index}" + (".inner" if held else "")
 
+    def has(self, *kinds: str) -> bool:
+        """Whether the parent does one of these."""
+        return any(isinstance(step, Op) and step.kind in kinds for step in self.steps)
+
     @property
     def modifies_in_place(self) -> bool:
-        return any(isinstance(step, Op) and step.kind in IN_PLACE for step in self.steps)
+        return self.has(*IN_PLACE)
 
     @property
     def calls(self) -> int:
