@@ -28,6 +28,7 @@ class FusionFamily:
         roles: the names by which the kernel reaches the members, in execution order.
         paths: glob paths, one tuple per topology with a path per role. Those that match
             nothing are passed over.
+        inputs: how many inputs the kernel takes, None where any number will do.
         layouts: how the kernel wants weights to lie side by side, if it does.
 
     Example:
@@ -46,6 +47,7 @@ class FusionFamily:
     kernel: str
     roles: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...] = ()
+    inputs: int | None = None
     layouts: tuple[WeightLayout, ...] = ()
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:

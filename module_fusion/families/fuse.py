@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from ..paths import Group, check_paths, find_modules
 from ..plain import why_foreign
 from ..planning import Job, check_no_overlap, make_jobs
 from ..report import FusionReport, GroupReport
+from ..spec import External
 from ..surgery import apply_jobs, check_arguments, forget_prepared, set_holders, undo_chains
 from .certificate import Certificates, Samples
 from .family import FusionFamily, chosen_families
@@ -196,7 +198,13 @@ def _fuse_family(
                 fusable[end] = group
             else:
                 rows.append(_skipped(family, group, reason))
-    jobs = _plan(model, family, list(fusable.values()), rows)
+    jobs = []
+    for job in _plan(model, family, list(fusable.values()), rows):
+        reason = None if job.is_fused else _why_other_inputs(job, family)
+        if reason is None:
+            jobs.append(job)
+        else:
+            rows.append(_skipped(family, job.group, reason))
     unpacked = _pack(family, jobs, packer)
     for job in jobs:
         if not job.is_fused and id(job) in unpacked:
@@ -323,6 +331,15 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
             for key, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None and tensor.is_meta:
                     return f"{where}.{key} is on the meta device: load the weights, then fuse"
+    return None
+
+
+def _why_other_inputs(job: Job, family: FusionFamily) -> str | None:
+    """Why the kernel cannot have the inputs of a chain, None if it can."""
+    for role, member in zip(family.roles, job.chain.plan.members, strict=True):
+        for name, source in zip(member.parameters, member.sources, strict=True):
+            if isinstance(source, External) and source.position >= (family.inputs or math.inf):
+                return f"{role} takes another input, {name!r}"
     return None
 
 

@@ -23,6 +23,7 @@ class PatchEmbeddingsFamily(FusionFamily):
     name = "patch_embeddings"
     kernel = "PatchEmbed"
     roles = ("proj",)
+    inputs = 1
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, module in model.named_modules():

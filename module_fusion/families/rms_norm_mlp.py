@@ -27,6 +27,7 @@ class RMSNormMLPFamily(FusionFamily):
     name = "rms_norm_mlp"
     kernel = "RMSNormMLP"
     roles = ("norm", "mlp")
+    inputs = 1
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, parent in model.named_modules():
