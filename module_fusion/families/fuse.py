@@ -23,8 +23,15 @@ from ..plain import why_foreign
 from ..planning import Job, check_no_overlap, make_jobs
 from ..report import FusionReport, GroupReport
 from ..spec import External
-from ..surgery import apply_jobs, check_arguments, forget_prepared, set_holders, undo_chains
-from .certificate import Certificates, Samples
+from ..surgery import (
+    apply_jobs,
+    check_arguments,
+    forget_prepared,
+    restorer_of_kernel,
+    set_holders,
+    undo_chains,
+)
+from .certificate import Certificate, Certificates, Samples
 from .family import FusionFamily, chosen_families
 from .layout import Packer
 
@@ -113,7 +120,7 @@ def _fuse(
     except BaseException:
         packer.give_all_back()
         undo_chains(model, fused, [])
-        for step in restore:
+        for step in reversed(restore):
             step()
         raise
     finally:
@@ -197,7 +204,8 @@ def _fuse_family(
             if reason is None:
                 fusable[end] = group
             else:
-                rows.append(_skipped(family, group, reason))
+                there = _row_of_fused(group, family, reason)
+                rows.append(there or _skipped(family, group, reason))
     jobs = []
     for job in _plan(model, family, list(fusable.values()), rows):
         reason = None if job.is_fused else _why_other_inputs(job, family)
@@ -222,7 +230,7 @@ def _fuse_family(
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
     done = []
-    reasons = _compare([job for job in jobs if id(job) not in failed], family)
+    reasons, refused = _compare([job for job in jobs if id(job) not in failed], family)
     for job in jobs:
         reason = failed.get(id(job)) or reasons[id(job)]
         if id(job) in failed and job in new:
@@ -234,10 +242,33 @@ def _fuse_family(
             undo_chains(model, [found], [])
             fused.remove(found)
             rows.append(_skipped(family, job.group, reason))
+        elif reason is not None and id(job) in refused:
+            restore.append(restorer_of_kernel(job.chain))
+            job.chain.take_kernel_out(reason)
+            done.append(row_of(job.found(), "already fused"))
         else:
             row = row_of(job.found(), "fused" if job in new else "already fused")
             done.append(row._replace(reason=unpacked.get(id(job), reason or row.reason)))
     return done + rows
+
+
+def _row_of_fused(group: Group, family: FusionFamily, reason: str) -> GroupReport | None:
+    """The row of a group that is refused and was fused before; None where it was not.
+
+    A kernel that refuses the members itself, as they are now, does not run from here on. Another
+    kernel of that name stays.
+    """
+    last = group.modules[-1]
+    state = state_of(last)
+    if state is None or state.chain is None or state.chain.kernel != family.kernel:
+        return None
+    if list(map(id, state.chain.collectors)) != list(map(id, group.modules[:-1])):
+        return None
+    if state.chain.armed:
+        state.chain.seat._arm()
+    return row_of(Found(state.chain, last, state, group.paths), "already fused")._replace(
+        reason=reason
+    )
 
 
 def _apply(
@@ -343,16 +374,27 @@ def _why_other_inputs(job: Job, family: FusionFamily) -> str | None:
     return None
 
 
-def _compare(jobs: Sequence[Job], family: FusionFamily) -> dict[int, str | None]:
-    """For each job, by id, why its group must not stay fused, None if it may."""
+def _compare(
+    jobs: Sequence[Job], family: FusionFamily
+) -> tuple[dict[int, str | None], dict[int, Certificate]]:
+    """For each job, by id, why its group must not stay fused, None if it may.
+
+    The certificates are of those of which the kernel differs from the members.
+    """
     certificates = Certificates()
+    refused: dict[int, Certificate] = {}
     try:
-        return {id(job): _why_not(job, family, certificates) for job in jobs}
+        return {id(job): _why_not(job, family, certificates, refused) for job in jobs}, refused
     finally:
         forget_prepared(jobs)
 
 
-def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str | None:
+def _why_not(
+    job: Job,
+    family: FusionFamily,
+    certificates: Certificates,
+    refused: dict[int, Certificate],
+) -> str | None:
     """Why a group that was fused must not stay so, None if it may."""
     chain = job.chain
     if not chain.armed:
@@ -375,6 +417,8 @@ def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str 
     if certificate is None:
         return None
     chain.accuracy = certificate.ratio
+    if certificate.refusal is not None:
+        refused[id(job)] = certificate
     return certificate.refusal
 
 
