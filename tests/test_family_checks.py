@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from support import Block, Mlp, Model, Norm, WeightKernel, mapped
+import transformers as hf
+from support import Block, Mlp, Model, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +22,8 @@ from module_fusion import (
     report,
     unfuse_modules,
 )
+from module_fusion.families import certificate
+from module_fusion.families.certificate import _structure
 from module_fusion.families.family import _FAMILIES
 
 PATHS = {"norm": "layers.*.norm", "mlp": "layers.*.mlp"}
@@ -140,3 +144,66 @@ def test_a_kernel_in_place_that_refuses_the_members_does_not_run_any_more(
     ours = block(x)
     unfuse_modules(block)
     assert torch.equal(ours, block(x))
+
+
+class Factor:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class ScaledMlp(Mlp):
+    """Scales its output by something that is not a plain number."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.factor = factor
+
+
+def by_list(mlp: Any, x: Tensor) -> Tensor:
+    return Mlp.forward(mlp, x) * mlp.factor[0]
+
+
+def by_object(mlp: Any, x: Tensor) -> Tensor:
+    return Mlp.forward(mlp, x) * mlp.factor.value
+
+
+def by_function(mlp: Any, x: Tensor) -> Tensor:
+    return Mlp.forward(mlp, x) * mlp.factor(1)
+
+
+def by_type(mlp: Any, x: Tensor) -> Tensor:
+    return Mlp.forward(mlp, x) * (2 if type(mlp.factor) is bool else 1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "one", "other"),
+    [
+        (by_list, [1.0], [3.0]),
+        (by_object, Factor(1.0), Factor(3.0)),
+        (by_function, functools.partial(pow, 1.0), functools.partial(pow, 0)),
+        (by_type, 1, True),
+    ],
+)
+def test_groups_that_differ_in_an_object_are_compared_each_by_itself(
+    forward: Callable[[Any, Tensor], Tensor], one: Any, other: Any, model: Model
+) -> None:
+    scaled_mlp = type("ScaledMlp", (ScaledMlp,), {"forward": forward})
+    for layer, factor in zip(model.layers, (one, other), strict=False):
+        layer.mlp = scaled_mlp(factor).to(next(model.parameters()).device)
+    members = [(layer.norm, layer.mlp) for layer in model.layers[:2]]
+    first, second = (tuple(map(_structure, pair)) for pair in members)
+    assert first != second
+    assert first == tuple(map(_structure, members[0]))
+
+
+def test_equal_blocks_of_a_real_model_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = hf.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config)
+    compared: list[int] = []
+    compare = certificate._compare
+    monkeypatch.setattr(certificate, "_compare", lambda *args: compared.append(1) or compare(*args))
+    assert len(fuse(model).fused) == 28
+    assert len(compared) == 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -32,9 +31,10 @@ from ..exact import (
     seat_on,
     seeded,
 )
-from ..modules import original_class
+from ..modules import KEY, original_class
 
-_SETTINGS = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
+_SETTINGS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_OF_MODULES = frozenset(nn.Module().__dict__) | {KEY, "forward"}
 Samples = list[tuple[Tensor, ...]]
 
 
@@ -233,15 +233,37 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty_like(tensor.detach()).copy_(values)
 
 
+class _Same:
+    """An object as a key: equal to itself alone, and kept alive, so that no other gets its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _frozen(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_frozen, value))
+    # 1, 1.0 and True are equal but not the same to a forward.
+    return (type(value), repr(value)) if type(value) in _SETTINGS else _Same(value)
+
+
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What a module computes, as far as classes, sizes and settings tell."""
+    """What a module computes, as far as classes, sizes and settings tell.
+
+    An object with values of its own, such as a list or a configuration, is the same for two
+    modules only if it is one object.
+    """
     parts: list[Any] = []
     for name, part in nn.Module.named_modules(module):  # Not the seat.
         own = {**part._parameters, **part._buffers}
         tensors = [(k, t.shape, t.dtype, t.device) for k, t in own.items() if t is not None]
-        settings = [
-            (k, v) for k, v in vars(part).items() if k != "training" and isinstance(v, _SETTINGS)
-        ]
+        settings = [(k, _frozen(v)) for k, v in vars(part).items() if k not in _OF_MODULES]
         cls: Any = original_class(part)
         parts.append((name, cls, cls.forward, tuple(tensors), tuple(settings)))
     return tuple(parts)
