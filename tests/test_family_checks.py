@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support import Block, Mlp, Model, WeightKernel, mapped
+from support import Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from module_fusion import (
     FusionError,
@@ -25,6 +26,7 @@ from module_fusion import (
 from module_fusion.families import certificate
 from module_fusion.families.certificate import _structure
 from module_fusion.families.family import _FAMILIES
+from module_fusion.kernels.rms_norm_mlp.recipe import prepare
 
 PATHS = {"norm": "layers.*.norm", "mlp": "layers.*.mlp"}
 
@@ -207,3 +209,91 @@ def test_equal_blocks_of_a_real_model_are_compared_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(certificate, "_compare", lambda *args: compared.append(1) or compare(*args))
     assert len(fuse(model).fused) == 28
     assert len(compared) == 1
+
+
+def averages_over_tokens(norm: Any, x: Tensor) -> Tensor:
+    every = tuple(range(1, x.dim()))
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(every, keepdim=True) + 1e-6))
+
+
+def detaches(norm: Any, x: Tensor) -> Tensor:
+    root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return norm.weight * (x * root.detach())
+
+
+def flattens(mlp: Any, x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def squeezes(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)).squeeze()
+
+
+def doubles_single_tokens(mlp: Any, x: Tensor) -> Tensor:
+    x = x * 2 if x.dim() == 3 and x.shape[1] == 1 else x
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def detaches_up(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x.detach()))
+
+
+def halves_in_bfloat16(mlp: Any, x: Tensor) -> Tensor:
+    y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return y * 0.5 if x.dtype == torch.bfloat16 else y
+
+
+FORMS = [
+    (averages_over_tokens, "computes something else for inputs of shape (1, 3, hidden)"),
+    (detaches, "has other gradients than the members known"),
+    (flattens, "gives another shape than that of its input, (1, 1, hidden)"),
+    (squeezes, "gives another shape than that of its input, (1, hidden)"),
+    (doubles_single_tokens, "computes something else for inputs of shape (1, 1, hidden)"),
+    (detaches_up, "has other gradients than the members known"),
+    (halves_in_bfloat16, "computes something else in torch.bfloat16 than in float64"),
+]
+
+
+def members_with(forward: Callable[[Any, Tensor], Tensor]) -> Block:
+    block = Block(32)
+    block.mlp = Mlp(32, 48)
+    if forward in (averages_over_tokens, detaches):
+        block.norm = type("Wrong", (Norm,), {"forward": forward})(32)
+    else:
+        block.mlp = type("Wrong", (Mlp,), {"forward": forward})(32, 48)
+    return block
+
+
+@pytest.mark.parametrize(("forward", "reason"), FORMS)
+def test_the_kernel_itself_refuses_what_differs_in_other_forms(forward: Any, reason: str) -> None:
+    block = members_with(forward)
+    if forward is halves_in_bfloat16:
+        block.norm = LlamaRMSNorm(32)
+        block.bfloat16()
+    (row,) = fuse_modules(block, ["norm", "mlp"], kernel="RMSNormMLP").groups
+    assert row.path == "members"
+    assert reason in str(row.reason)
+    with torch.no_grad(), torch.inference_mode(), pytest.raises(ValueError, match="Wrong"):
+        prepare(block.norm, block.mlp)
+
+
+def test_members_that_compute_something_else_in_their_dtype_are_refused(model: Model) -> None:
+    register_family(BlocksFamily)
+    for layer in model.layers:
+        layer.mlp = type("Wrong", (Mlp,), {"forward": halves_in_bfloat16})(8, 16)
+    model.bfloat16()
+    with mapped(Blocks=WeightKernel):
+        result = fuse(model, {"blocks": True})
+    assert {row.reason for row in result.skipped} == {
+        "the modules compute something else in torch.bfloat16 than in float64"
+    }
+    assert not result.fused
+
+
+def test_the_samples_of_the_family_have_dimensions_of_one() -> None:
+    block = members_with(Mlp.forward)
+    family = _FAMILIES["rms_norm_mlp"]
+    generator = torch.Generator().manual_seed(0)
+    shapes = {tuple(x.shape) for (x,) in family.samples([block.norm, block.mlp], generator)}
+    assert {(1, 32), (1, 1, 32), (1, 5, 32), (2, 1, 32)} <= shapes

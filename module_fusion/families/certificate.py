@@ -35,6 +35,9 @@ from ..modules import KEY, original_class
 
 _SETTINGS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _OF_MODULES = frozenset(nn.Module().__dict__) | {KEY, "forward"}
+# No dtype rounds that much, and a kernel that computes the same is not that much better.
+_ROUNDING = 0.05
+_FAR = 16
 Samples = list[tuple[Tensor, ...]]
 
 
@@ -130,6 +133,11 @@ class _Errors:
         self.samples += 1
         self.elements += int(finite.sum())
 
+    def is_of_something_else(self) -> bool:
+        """Whether the members are so far from float64 that no rounding explains it."""
+        count = max(self.samples, 1)
+        return self.members > count * _ROUNDING**2 and self.members > _FAR**2 * self.kernel
+
     def certificate(self, what: str, epsilon: float) -> Certificate:
         count = max(self.samples, 1)
         kernel, members = (self.kernel / count) ** 0.5, (self.members / count) ** 0.5
@@ -183,6 +191,9 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
     if not compared:
         return Certificate(failure="the modules take none of the inputs to compare on")
     epsilon = torch.finfo(like.dtype).eps
+    if errors["output"].is_of_something_else():
+        what = f"the modules compute something else in {like.dtype} than in float64"
+        return Certificate(failure=what)
     certificates = [errors[what].certificate(what, epsilon) for what in errors]
     return max(certificates, key=lambda c: c.kernel_error / max(c.allowed, 1e-300))
 

@@ -45,10 +45,12 @@ class PatchEmbeddingsFamily(FusionFamily):
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
-        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, no batch."""
+        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, a batch of
+        one, no batch."""
         proj: Any = members[0]
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]
         shapes = [(2, proj.in_channels, *size) for size in sizes]
+        shapes.append((1, proj.in_channels, *sizes[0]))
         shapes.append((proj.in_channels, *sizes[1]))
         return [(torch.randn(shape, generator=generator, device="cpu"),) for shape in shapes]
