@@ -27,6 +27,8 @@ from module_fusion.families import certificate
 from module_fusion.families.certificate import _structure
 from module_fusion.families.family import _FAMILIES
 from module_fusion.kernels.rms_norm_mlp.recipe import prepare
+from module_fusion.modules import original_class
+from module_fusion.plain import MemberForm
 
 PATHS = {"norm": "layers.*.norm", "mlp": "layers.*.mlp"}
 
@@ -297,3 +299,106 @@ def test_the_samples_of_the_family_have_dimensions_of_one() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {tuple(x.shape) for (x,) in family.samples([block.norm, block.mlp], generator)}
     assert {(1, 32), (1, 1, 32), (1, 5, 32), (2, 1, 32)} <= shapes
+
+
+class Reading(Mlp):
+    """Multiplies by something that is found elsewhere than in a plain attribute."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(32, 48)
+        self.config = Factor(1.0)
+        self.options = {"factor": 1.0}
+        self.numbers = [1.0]
+        self.tensor = torch.tensor(1.0)
+        self.hidden_parameters = [nn.Parameter(torch.ones(()))]
+        self.__dict__["gain"] = nn.Parameter(torch.ones(()))
+
+
+def reads_a_config(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.config.value
+
+
+def reads_a_dict(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.options["factor"]
+
+
+def reads_a_list(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.numbers[0]
+
+
+def reads_its_class(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.factor
+
+
+def reads_a_global(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * GLOBAL
+
+
+def reads_a_tensor(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.tensor
+
+
+def reads_a_parameter_in_a_list(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.hidden_parameters[0]
+
+
+def reads_a_parameter_in_its_dict(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.gain
+
+
+GLOBAL = 1.0
+CHANGES: list[tuple[Any, Callable[[Any], Any], str]] = [
+    (reads_a_config, lambda mlp: setattr(mlp.config, "value", 2.0), "config.value"),
+    (reads_a_dict, lambda mlp: mlp.options.update(factor=2.0), "options"),
+    (reads_a_list, lambda mlp: mlp.numbers.insert(0, 2.0), "numbers"),
+    (reads_its_class, lambda mlp: setattr(original_class(mlp), "factor", 2.0), "factor"),
+    (reads_a_global, lambda mlp: globals().update(GLOBAL=2.0), "GLOBAL"),
+]
+
+
+def reading_block(forward: Any) -> Block:
+    block = Block(32)
+    block.mlp = type("Reading", (Reading,), {"forward": forward})()
+    return block
+
+
+@pytest.mark.parametrize(("forward", "change", "what"), CHANGES)
+def test_a_value_that_is_changed_where_the_code_reads_it_counts(
+    forward: Any, change: Callable[[Any], Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "GLOBAL", 1.0)
+    block, x = reading_block(forward), torch.randn(2, 5, 32)
+    assert len(fuse(block).fused) == 1
+    block(x)
+    assert report(block).groups[0].kernel_calls == 1
+    change(block.mlp)
+    ours = block(x)
+    assert f"mlp reads another {what} than when" in str(report(block).groups[0].reason)
+    unfuse_modules(block)
+    assert torch.equal(ours, block(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (reads_a_tensor, "reads its tensor, a tensor that is no parameter"),
+        (reads_a_parameter_in_a_list, "uses its hidden_parameters, and it is not known"),
+        (reads_a_parameter_in_its_dict, "reads its gain, a tensor that is no parameter"),
+    ],
+)
+def test_a_tensor_that_is_no_parameter_and_no_buffer_is_refused(forward: Any, reason: str) -> None:
+    (row,) = fuse(reading_block(forward)).groups
+    assert row.action == "skipped"
+    assert reason in str(row.reason)
+
+
+def test_members_of_real_models_read_nothing_elsewhere() -> None:
+    config = hf.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    layer = hf.LlamaForCausalLM(config).model.layers[0]
+    for member in (layer.post_attention_layernorm, layer.mlp):
+        assert [part.reads for part in MemberForm(member).parts if part.reads] == []
