@@ -255,6 +255,11 @@ def code_read_once() -> Iterator[None]:
         _READ.reset(token)
 
 
+def is_code_read_once() -> bool:
+    """Whether what is found out about code is kept, until `code_read_once` is left."""
+    return _READ.get() is not _NOT_READ
+
+
 def _of_method(cls: Any, name: str) -> _Findings:
     read = _READ.get()
     if (cls, name) not in read:

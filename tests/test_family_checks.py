@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from kernels import Mode, kernelize, use_kernel_mapping
 from support import Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ from module_fusion import (
 from module_fusion.families import certificate
 from module_fusion.families.certificate import _structure
 from module_fusion.families.family import _FAMILIES
+from module_fusion.kernels import MAPPING
+from module_fusion.kernels.rms_norm_mlp import recipe
 from module_fusion.kernels.rms_norm_mlp.recipe import prepare
 from module_fusion.modules import original_class
 from module_fusion.plain import MemberForm
@@ -402,3 +406,25 @@ def test_members_of_real_models_read_nothing_elsewhere() -> None:
     layer = hf.LlamaForCausalLM(config).model.layers[0]
     for member in (layer.post_attention_layernorm, layer.mlp):
         assert [part.reads for part in MemberForm(member).parts if part.reads] == []
+
+
+def test_a_copy_and_the_kernels_library_leave_nothing_of_the_members_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "EXTRA", torch.clone)
+    block = Block(32)
+    block.mlp = type("Global", (Mlp,), {"forward": calls_a_global})(32, 48)
+    with use_kernel_mapping(MAPPING):
+        fuse_modules(block, ["norm", "mlp"], kernel="RMSNormMLP")
+        copy.deepcopy(block)
+        assert not recipe._RECIPES
+        kernelize(block, mode=Mode.INFERENCE, device="cpu")
+        assert not recipe._RECIPES
+        assert report(block).groups[0].path == "kernel"
+        monkeypatch.setitem(globals(), "EXTRA", torch.neg)
+        kernelize(block, mode=Mode.INFERENCE, device="cpu")
+    assert report(block).groups[0].path == "members"
+
+
+def calls_a_global(mlp: Any, x: Tensor) -> Tensor:
+    return EXTRA(mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))

@@ -222,10 +222,11 @@ def _fuse_family(
     # A kernel that is there already stays, such as one of the user's own, and looks at the
     # members as they are now.
     empty = [job for job in jobs if not (job.is_fused and job.chain.armed)]
-    for job in jobs:
-        if job not in empty:
-            job.chain.seat._arm()  # type: ignore[union-attr]
-            set_holders(job)
+    with code_read_once():
+        for job in jobs:
+            if job not in empty:
+                job.chain.seat._arm()  # type: ignore[union-attr]
+                set_holders(job)
     restored, failed = _apply(model, empty, family.kernel, mode, device)
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
