@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from module_fusion import (
     FusionError,
     FusionFamily,
+    NotFusableError,
     fuse,
     fuse_modules,
     register_family,
@@ -428,3 +429,32 @@ def test_a_copy_and_the_kernels_library_leave_nothing_of_the_members_behind(
 
 def calls_a_global(mlp: Any, x: Tensor) -> Tensor:
     return EXTRA(mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+
+def test_a_class_of_another_module_does_not_replace_a_family_of_the_same_name() -> None:
+    namespace = {"__module__": "elsewhere", "name": "rms_norm_mlp", "kernel": "K", "roles": ("a",)}
+    other = type("RMSNormMLPFamily", (FusionFamily,), namespace)
+    with pytest.raises(NotFusableError, match=r"RMSNormMLPFamily of module_fusion\.families"):
+        register_family(other)
+
+
+def test_paths_to_include_and_exclude_may_be_a_set() -> None:
+    model = Model(2, 32)
+    result = fuse(model, {"rms_norm_mlp": {"include": {"layers.*"}, "exclude": {"layers.0"}}})
+    assert [row.paths for row in result.fused] == [("layers.1.norm", "layers.1.mlp")]
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = Norm(32), Mlp(32, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.mlp(x))
+
+
+def test_a_forward_that_was_replaced_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList([Parent()])
+    assert fuse(model).groups == ()
+    monkeypatch.setattr(Parent, "forward", Block.forward)
+    assert len(fuse(model).fused) == 1

@@ -103,13 +103,18 @@ def register_family(family: Family) -> Family:
             )
     _check_layouts(instance)
     known = _FAMILIES.setdefault(instance.name, instance)
-    if known is not instance and type(known).__qualname__ != type(instance).__qualname__:
+    if known is not instance and _name_of(known) != _name_of(instance):
         raise NotFusableError(
-            f"There is a family {instance.name!r} already, {type(known).__name__}. Give this one "
+            f"There is a family {instance.name!r} already, {type(known).__name__} of "
+            f"{type(known).__module__}. Give this one "
             f"another name."
         )
     _FAMILIES[instance.name] = instance  # A notebook cell may define the same class again.
     return family
+
+
+def _name_of(family: FusionFamily) -> tuple[str, str]:
+    return type(family).__module__, type(family).__qualname__
 
 
 def family_named(name: str | None) -> FusionFamily | None:

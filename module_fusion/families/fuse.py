@@ -161,6 +161,7 @@ def _filter(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Group], b
     for name in ("include", "exclude"):
         paths = options.get(name)
         paths = [paths] if isinstance(paths, str) else paths
+        paths = list(paths) if isinstance(paths, (set, frozenset)) else paths
         chosen[name] = None if paths is None else find_modules(model, check_paths(paths))
     include, exclude = chosen["include"], chosen["exclude"] or {}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..modules import original_class
 from ..spec import forward_signature
-from .dataflow import feeding_pairs
+from .dataflow import feeding_pairs, forget_sources
 from .family import FusionFamily, register_family
 
 _SCALES = (1.0, 30.0, 1e-3, 3e3)
@@ -51,6 +51,7 @@ class RMSNormMLPFamily(FusionFamily):
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         prepare.cache_clear()  # type: ignore[attr-defined]
+        forget_sources()
 
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
