@@ -98,6 +98,13 @@ class Chain:
         """Whether a kernel is in the seat and may be used."""
         return self.seat is not None and bool(self.seat.__dict__["_armed"])
 
+    def take_kernel_out(self, reason: str) -> None:
+        """Have the members run from now on, until a kernel is put in the seat again."""
+        seat: FusedKernel = self.seat  # type: ignore[assignment]
+        del seat.forward
+        seat.__dict__["_why_unprepared"] = reason
+        self.accuracy = None
+
     def why_not_running(self) -> str:
         """Why no kernel is in the seat."""
         if self.kernel is None:

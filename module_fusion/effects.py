@@ -120,6 +120,19 @@ class Effect(NamedTuple):
         return self.happens is _always
 
 
+class Read(NamedTuple):
+    """A value that the code of a module reads elsewhere than in the module, as it is now."""
+
+    what: str
+    value: Any
+    now: Callable[[nn.Module], Any]
+
+    def differs(self, module: nn.Module) -> bool:
+        """Whether the module would read something else now."""
+        now = self.now(module)
+        return now is not self.value and (type(now) is not type(self.value) or now != self.value)
+
+
 class _Findings(NamedTuple):
     """What the code of a function and all it calls does."""
 
@@ -127,6 +140,7 @@ class _Findings(NamedTuple):
     in_training: str | None
     own: frozenset[tuple[str, ...]]
     stored: frozenset[str]
+    shared: frozenset[tuple[types.FunctionType, Load]] = frozenset()
 
 
 _NOT_READ: dict[tuple[Any, str], _Findings] = {}
@@ -175,6 +189,43 @@ def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((n, own[n]) for n in sorted(names) if isinstance(own[n], _SETTINGS))
 
 
+def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
+    """Values that the module's code reads of globals, of its class and of objects it holds."""
+    forward = function_of(cls.forward)
+    if forward is None or is_of_torch(forward):
+        return ()
+    found = _of_method(cls, "forward")
+    reads = [
+        Read(".".join((load.name, *load.attributes)), now(module), now)
+        for function, load in sorted(found.shared, key=lambda item: item[1].name)
+        for now in [functools.partial(_shared_value, function, load)]
+    ]
+    tensors = {**module._parameters, **module._buffers, **module._modules}
+    for name, *rest in sorted(found.own):
+        value = _attribute_of(module, cls, name)
+        if name in tensors or name in found.stored:
+            continue
+        if isinstance(value, (dict, list, set)):
+            reads.append(Read(name, value.copy(), functools.partial(_own_value, (name,))))
+        elif name not in module.__dict__ and isinstance(value, (*_DATA, tuple)):
+            reads.append(Read(name, value, functools.partial(_own_value, (name,))))
+        elif rest and isinstance(vars_of(value).get(rest[0]), _DATA):
+            path = (name, rest[0])
+            held = vars_of(value)[rest[0]]
+            reads.append(Read(".".join(path), held, functools.partial(_own_value, path)))
+    return tuple(reads)
+
+
+def _shared_value(function: types.FunctionType, load: Load, module: nn.Module) -> Any:
+    return resolved(load, function)[0]
+
+
+def _own_value(path: tuple[str, ...], module: Any) -> Any:
+    for name in path:
+        module = getattr(module, name, None)
+    return module
+
+
 def _effect_in_torch(
     module: nn.Module, cls: type[nn.Module], forward: types.FunctionType
 ) -> Effect | None:
@@ -204,6 +255,11 @@ def code_read_once() -> Iterator[None]:
         _READ.reset(token)
 
 
+def is_code_read_once() -> bool:
+    """Whether what is found out about code is kept, until `code_read_once` is left."""
+    return _READ.get() is not _NOT_READ
+
+
 def _of_method(cls: Any, name: str) -> _Findings:
     read = _READ.get()
     if (cls, name) not in read:
@@ -221,6 +277,7 @@ def _merged(findings: list[_Findings]) -> _Findings:
         next((f.in_training for f in findings if f.in_training), None),
         frozenset().union(*(f.own for f in findings)),
         frozenset().union(*(f.stored for f in findings)),
+        frozenset().union(*(f.shared for f in findings)),
     )
 
 
@@ -275,9 +332,20 @@ def _of_load(
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
     found = [_of_value(value, text, bool(_TOLD & (load.given or set())), known)]
+    if isinstance(value, (bool, int, float, complex, str, tuple)) and not _is_constant(
+        load, function
+    ):
+        found.append(_NOTHING._replace(shared=frozenset([(function, load)])))
     if load.given is not None and _is_told_to_write(value, load.arguments):
         found.append(_NOTHING._replace(always=f"may write to a tensor, in {text}"))
     return _merged([*found, *map(_of_attribute, attributes)])
+
+
+def _is_constant(load: Load, function: types.FunctionType) -> bool:
+    """Whether a value is one of a module whose values nobody sets, such as `math.pi`."""
+    base = resolved(load._replace(attributes=()), function)[0]
+    name = getattr(base, "__name__", "")
+    return isinstance(base, types.ModuleType) and name.partition(".")[0] in ("torch", "math")
 
 
 def _of_own(load: Load, cls: type | None, known: _Known) -> _Findings:
@@ -390,9 +458,11 @@ def _what_own_does(
             what = _what_child_does(value, rest, seen)
         elif isinstance(value, Tensor):
             what = _merged([*map(_of_attribute, rest)]).always
+            if name not in tensors:
+                what = f"reads its {name}, a tensor that is no parameter and no buffer of it"
         elif isinstance(value, (dict, list, set)):
             items = value.values() if isinstance(value, dict) else value
-            readable = set(rest) <= _READING and not any(map(callable, items))
+            readable = set(rest) <= _READING and all(isinstance(item, _DATA) for item in items)
             what = None if readable else f"uses its {name}, and it is not known what that does"
         elif isinstance(value, types.MethodType) and value.__self__ is module and not rest:
             what = _what_child_does(module, [value.__name__], seen)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .chain import Chain
 from .modules import KEY, original_class
-from .seat import run_members
+from .seat import prepared_by, run_members
 from .verifying.structures import leaves, map_tensors
 
 LIMIT = 1.1
@@ -64,12 +64,11 @@ def seat_on(chain: Chain, members: Sequence[nn.Module]) -> nn.Module:
     seat: Any = chain.seat
     bench: Any = type(seat)()
     bench.__dict__.update(seat.__dict__)
-    prepare = getattr(seat.kernel, "prepare", None)
     is_method = isinstance(seat.__dict__["forward"], MethodType)
     bench.__dict__.update(
         _members=tuple(map(weakref.ref, members)),
         forward=MethodType(seat.kernel, bench) if is_method else seat.kernel,
-        prepared=None if prepare is None else prepare(*members),
+        prepared=prepared_by(seat.kernel, members),
     )
     return bench  # type: ignore[no-any-return]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
-from .effects import Effect, effect_of, settings_of
+from .effects import Effect, Read, effect_of, reads_of, settings_of
 
 ORIGINAL = "_fusion_original_class"
 # What `calling_context` gives outside of every mode, transform and trace.
@@ -36,6 +36,7 @@ class _Part(NamedTuple):
     cls: type
     effect: Effect | None
     settings: tuple[tuple[str, Any], ...]
+    reads: tuple[Read, ...]
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -62,7 +63,7 @@ class MemberForm:
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
         if module is None:
-            self.parts.append(_Part(name, parent, key, type(None), None, (), 0, ()))
+            self.parts.append(_Part(name, parent, key, type(None), None, (), (), 0, ()))
             return
         parameters = tuple(
             (key, None, None) if p is None else (key, p.dtype, p.device)
@@ -73,8 +74,11 @@ class MemberForm:
         if self.foreign is None:
             self.foreign = _why_foreign(module, name, self.home)
         settings = settings_of(module, original_of(cls))
+        reads = reads_of(module, original_of(cls))
         children = len(module._modules)
-        self.parts.append(_Part(name, parent, key, cls, effect, settings, children, parameters))
+        self.parts.append(
+            _Part(name, parent, key, cls, effect, settings, reads, children, parameters)
+        )
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
 
@@ -99,7 +103,7 @@ class MemberForm:
             if owner.forward is not forward or owner.__call__ is not call:
                 return f"{role} has a class whose forward was replaced, {owner.__name__}"
         modules: list[Any] = []
-        for name, parent, key, cls, effect, settings, children, parameters in self.parts:
+        for name, parent, key, cls, effect, settings, reads, children, parameters in self.parts:
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
@@ -124,6 +128,12 @@ class MemberForm:
                     return (
                         f"{role}{name} has another {setting} than when the kernel was chosen; fuse "
                         f"again"
+                    )
+            for read in reads:
+                if read.differs(module):
+                    return (
+                        f"{role}{name} reads another {read.what} than when the kernel was chosen; "
+                        f"fuse again"
                     )
             own_parameters = own["_parameters"]
             if len(own["_modules"]) != children or len(own_parameters) != len(parameters):

@@ -17,6 +17,7 @@ from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
 from .deferred import DeferredOutput
+from .effects import is_code_read_once
 from .errors import SpecMismatchError
 from .modules import call_as_itself, state_of
 from .packing import PackedWeights, Packing, packed_weights, why_not_packed
@@ -111,14 +112,13 @@ class FusedKernel(nn.Module):
         It may run them as a trial, so it sees none that draws random numbers or writes somewhere.
         """
         self.__dict__.pop("prepared", None)
-        prepare = getattr(self.kernel, "prepare", None)
-        if prepare is None:
+        if getattr(self.kernel, "prepare", None) is None:
             return None
         reason = next((why for form in forms if (why := form.why_never_plain())), None)
         if reason is not None:
             return reason
         try:
-            self.__dict__["prepared"] = prepare(*self.members())
+            self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
         except ValueError as error:
             return f"the kernel refuses: {error}"
         return None
@@ -187,6 +187,19 @@ def _why_not_input(value: Any, tensors: list[Tensor]) -> str | None:
     elif isinstance(value, Tensor):
         return f"an input is a {kind.__name__}"
     return None
+
+
+def prepared_by(kernel: Any, members: Sequence[nn.Module]) -> Any:
+    """What a kernel makes of the members; kept for the next ones only while code is read once."""
+    prepare = getattr(kernel, "prepare", None)
+    if prepare is None:
+        return None
+    try:
+        return prepare(*members)
+    finally:
+        forget = getattr(prepare, "cache_clear", None)
+        if forget is not None and not is_code_read_once():
+            forget()
 
 
 _ANY_SEAT = FusedKernel()

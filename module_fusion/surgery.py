@@ -15,6 +15,7 @@ import torch
 from kernels import Mode, kernelize
 from torch import nn
 
+from .chain import Chain
 from .dry_run import try_to
 from .effects import code_read_once
 from .errors import FusionError, NotFusableError, UnfuseError, text_of
@@ -144,7 +145,7 @@ def apply_jobs(
                 _apply(job, undo)
         with code_read_once():
             for job in jobs if kernel is not None else ():
-                restore = _restorer_of_kernel(job)
+                restore = restorer_of_kernel(job.chain)
                 undo.append(restore)
                 if job.is_fused:
                     kernels_before.append(restore)
@@ -322,8 +323,9 @@ def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:
     return restore
 
 
-def _restorer_of_kernel(job: Job) -> Callable[[], None]:
-    seat = job.chain.seat
+def restorer_of_kernel(chain: Chain) -> Callable[[], None]:
+    """How to give a chain the kernel back that it has now."""
+    seat = chain.seat
     assert seat is not None
     before = seat.__dict__.get("forward")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -32,9 +31,13 @@ from ..exact import (
     seat_on,
     seeded,
 )
-from ..modules import original_class
+from ..modules import KEY, original_class
 
-_SETTINGS = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
+_SETTINGS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_OF_MODULES = frozenset(nn.Module().__dict__) | {KEY, "forward"}
+# No dtype rounds that much, and a kernel that computes the same is not that much better.
+_ROUNDING = 0.05
+_FAR = 16
 Samples = list[tuple[Tensor, ...]]
 
 
@@ -130,6 +133,11 @@ class _Errors:
         self.samples += 1
         self.elements += int(finite.sum())
 
+    def is_of_something_else(self) -> bool:
+        """Whether the members are so far from float64 that no rounding explains it."""
+        count = max(self.samples, 1)
+        return self.members > count * _ROUNDING**2 and self.members > _FAR**2 * self.kernel
+
     def certificate(self, what: str, epsilon: float) -> Certificate:
         count = max(self.samples, 1)
         kernel, members = (self.kernel / count) ** 0.5, (self.members / count) ** 0.5
@@ -183,6 +191,9 @@ def _compare(chain: Chain, members: Sequence[nn.Module], samples: Samples) -> Ce
     if not compared:
         return Certificate(failure="the modules take none of the inputs to compare on")
     epsilon = torch.finfo(like.dtype).eps
+    if errors["output"].is_of_something_else():
+        what = f"the modules compute something else in {like.dtype} than in float64"
+        return Certificate(failure=what)
     certificates = [errors[what].certificate(what, epsilon) for what in errors]
     return max(certificates, key=lambda c: c.kernel_error / max(c.allowed, 1e-300))
 
@@ -233,15 +244,37 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty_like(tensor.detach()).copy_(values)
 
 
+class _Same:
+    """An object as a key: equal to itself alone, and kept alive, so that no other gets its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _frozen(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_frozen, value))
+    # 1, 1.0 and True are equal but not the same to a forward.
+    return (type(value), repr(value)) if type(value) in _SETTINGS else _Same(value)
+
+
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What a module computes, as far as classes, sizes and settings tell."""
+    """What a module computes, as far as classes, sizes and settings tell.
+
+    An object with values of its own, such as a list or a configuration, is the same for two
+    modules only if it is one object.
+    """
     parts: list[Any] = []
     for name, part in nn.Module.named_modules(module):  # Not the seat.
         own = {**part._parameters, **part._buffers}
         tensors = [(k, t.shape, t.dtype, t.device) for k, t in own.items() if t is not None]
-        settings = [
-            (k, v) for k, v in vars(part).items() if k != "training" and isinstance(v, _SETTINGS)
-        ]
+        settings = [(k, _frozen(v)) for k, v in vars(part).items() if k not in _OF_MODULES]
         cls: Any = original_class(part)
         parts.append((name, cls, cls.forward, tuple(tensors), tuple(settings)))
     return tuple(parts)

@@ -29,6 +29,11 @@ def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
     return [pair for pair in _pairs_of(cls) if all(name in module._modules for name in pair)]
 
 
+def forget_sources() -> None:
+    """Read the source of every class anew: anyone may replace a method meanwhile."""
+    _pairs_of.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _pairs_of(cls: Any) -> tuple[tuple[str, str], ...]:
     pairs: dict[tuple[str, str], None] = {}

@@ -28,6 +28,7 @@ class FusionFamily:
         roles: the names by which the kernel reaches the members, in execution order.
         paths: glob paths, one tuple per topology with a path per role. Those that match
             nothing are passed over.
+        inputs: how many inputs the kernel takes, None where any number will do.
         layouts: how the kernel wants weights to lie side by side, if it does.
 
     Example:
@@ -46,6 +47,7 @@ class FusionFamily:
     kernel: str
     roles: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...] = ()
+    inputs: int | None = None
     layouts: tuple[WeightLayout, ...] = ()
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
@@ -101,13 +103,18 @@ def register_family(family: Family) -> Family:
             )
     _check_layouts(instance)
     known = _FAMILIES.setdefault(instance.name, instance)
-    if known is not instance and type(known).__qualname__ != type(instance).__qualname__:
+    if known is not instance and _name_of(known) != _name_of(instance):
         raise NotFusableError(
-            f"There is a family {instance.name!r} already, {type(known).__name__}. Give this one "
+            f"There is a family {instance.name!r} already, {type(known).__name__} of "
+            f"{type(known).__module__}. Give this one "
             f"another name."
         )
     _FAMILIES[instance.name] = instance  # A notebook cell may define the same class again.
     return family
+
+
+def _name_of(family: FusionFamily) -> tuple[str, str]:
+    return type(family).__module__, type(family).__qualname__
 
 
 def family_named(name: str | None) -> FusionFamily | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,16 @@ from ..paths import Group, check_paths, find_modules
 from ..plain import why_foreign
 from ..planning import Job, check_no_overlap, make_jobs
 from ..report import FusionReport, GroupReport
-from ..surgery import apply_jobs, check_arguments, forget_prepared, set_holders, undo_chains
-from .certificate import Certificates, Samples
+from ..spec import External
+from ..surgery import (
+    apply_jobs,
+    check_arguments,
+    forget_prepared,
+    restorer_of_kernel,
+    set_holders,
+    undo_chains,
+)
+from .certificate import Certificate, Certificates, Samples
 from .family import FusionFamily, chosen_families
 from .layout import Packer
 
@@ -111,7 +120,7 @@ def _fuse(
     except BaseException:
         packer.give_all_back()
         undo_chains(model, fused, [])
-        for step in restore:
+        for step in reversed(restore):
             step()
         raise
     finally:
@@ -152,6 +161,7 @@ def _filter(model: nn.Module, options: Mapping[str, Any]) -> Callable[[Group], b
     for name in ("include", "exclude"):
         paths = options.get(name)
         paths = [paths] if isinstance(paths, str) else paths
+        paths = list(paths) if isinstance(paths, (set, frozenset)) else paths
         chosen[name] = None if paths is None else find_modules(model, check_paths(paths))
     include, exclude = chosen["include"], chosen["exclude"] or {}
 
@@ -195,8 +205,15 @@ def _fuse_family(
             if reason is None:
                 fusable[end] = group
             else:
-                rows.append(_skipped(family, group, reason))
-    jobs = _plan(model, family, list(fusable.values()), rows)
+                there = _row_of_fused(group, family, reason)
+                rows.append(there or _skipped(family, group, reason))
+    jobs = []
+    for job in _plan(model, family, list(fusable.values()), rows):
+        reason = None if job.is_fused else _why_other_inputs(job, family)
+        if reason is None:
+            jobs.append(job)
+        else:
+            rows.append(_skipped(family, job.group, reason))
     unpacked = _pack(family, jobs, packer)
     for job in jobs:
         if not job.is_fused and id(job) in unpacked:
@@ -206,15 +223,16 @@ def _fuse_family(
     # A kernel that is there already stays, such as one of the user's own, and looks at the
     # members as they are now.
     empty = [job for job in jobs if not (job.is_fused and job.chain.armed)]
-    for job in jobs:
-        if job not in empty:
-            job.chain.seat._arm()  # type: ignore[union-attr]
-            set_holders(job)
+    with code_read_once():
+        for job in jobs:
+            if job not in empty:
+                job.chain.seat._arm()  # type: ignore[union-attr]
+                set_holders(job)
     restored, failed = _apply(model, empty, family.kernel, mode, device)
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
     done = []
-    reasons = _compare([job for job in jobs if id(job) not in failed], family)
+    reasons, refused = _compare([job for job in jobs if id(job) not in failed], family)
     for job in jobs:
         reason = failed.get(id(job)) or reasons[id(job)]
         if id(job) in failed and job in new:
@@ -226,10 +244,33 @@ def _fuse_family(
             undo_chains(model, [found], [])
             fused.remove(found)
             rows.append(_skipped(family, job.group, reason))
+        elif reason is not None and id(job) in refused:
+            restore.append(restorer_of_kernel(job.chain))
+            job.chain.take_kernel_out(reason)
+            done.append(row_of(job.found(), "already fused"))
         else:
             row = row_of(job.found(), "fused" if job in new else "already fused")
             done.append(row._replace(reason=unpacked.get(id(job), reason or row.reason)))
     return done + rows
+
+
+def _row_of_fused(group: Group, family: FusionFamily, reason: str) -> GroupReport | None:
+    """The row of a group that is refused and was fused before; None where it was not.
+
+    A kernel that refuses the members itself, as they are now, does not run from here on. Another
+    kernel of that name stays.
+    """
+    last = group.modules[-1]
+    state = state_of(last)
+    if state is None or state.chain is None or state.chain.kernel != family.kernel:
+        return None
+    if list(map(id, state.chain.collectors)) != list(map(id, group.modules[:-1])):
+        return None
+    if state.chain.armed:
+        state.chain.seat._arm()
+    return row_of(Found(state.chain, last, state, group.paths), "already fused")._replace(
+        reason=reason
+    )
 
 
 def _apply(
@@ -326,16 +367,36 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
     return None
 
 
-def _compare(jobs: Sequence[Job], family: FusionFamily) -> dict[int, str | None]:
-    """For each job, by id, why its group must not stay fused, None if it may."""
+def _why_other_inputs(job: Job, family: FusionFamily) -> str | None:
+    """Why the kernel cannot have the inputs of a chain, None if it can."""
+    for role, member in zip(family.roles, job.chain.plan.members, strict=True):
+        for name, source in zip(member.parameters, member.sources, strict=True):
+            if isinstance(source, External) and source.position >= (family.inputs or math.inf):
+                return f"{role} takes another input, {name!r}"
+    return None
+
+
+def _compare(
+    jobs: Sequence[Job], family: FusionFamily
+) -> tuple[dict[int, str | None], dict[int, Certificate]]:
+    """For each job, by id, why its group must not stay fused, None if it may.
+
+    The certificates are of those of which the kernel differs from the members.
+    """
     certificates = Certificates()
+    refused: dict[int, Certificate] = {}
     try:
-        return {id(job): _why_not(job, family, certificates) for job in jobs}
+        return {id(job): _why_not(job, family, certificates, refused) for job in jobs}, refused
     finally:
         forget_prepared(jobs)
 
 
-def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str | None:
+def _why_not(
+    job: Job,
+    family: FusionFamily,
+    certificates: Certificates,
+    refused: dict[int, Certificate],
+) -> str | None:
     """Why a group that was fused must not stay so, None if it may."""
     chain = job.chain
     if not chain.armed:
@@ -358,6 +419,8 @@ def _why_not(job: Job, family: FusionFamily, certificates: Certificates) -> str 
     if certificate is None:
         return None
     chain.accuracy = certificate.ratio
+    if certificate.refusal is not None:
+        refused[id(job)] = certificate
     return certificate.refusal
 
 

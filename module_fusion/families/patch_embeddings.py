@@ -24,6 +24,7 @@ class PatchEmbeddingsFamily(FusionFamily):
     name = "patch_embeddings"
     kernel = "PatchEmbed"
     roles = ("proj",)
+    inputs = 1
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, module in model.named_modules():
@@ -45,7 +46,7 @@ class PatchEmbeddingsFamily(FusionFamily):
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
-        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, no batch.
+        """Inputs `(batch, channels, *size)`: one patch, a grid, a remainder, a batch of one, none.
 
         On a GPU also many patches: there kernels are chosen by size.
         """
@@ -53,6 +54,7 @@ class PatchEmbeddingsFamily(FusionFamily):
         patch = tuple(proj.kernel_size)
         sizes = [patch, tuple(_GRID * p for p in patch), tuple(_GRID * p + p - 1 for p in patch)]
         shapes = [(2, proj.in_channels, *size) for size in sizes]
+        shapes.append((1, proj.in_channels, *sizes[0]))
         shapes.append((proj.in_channels, *sizes[1]))
         if proj.weight.is_cuda:
             shapes.append((_MANY, proj.in_channels, *patch))

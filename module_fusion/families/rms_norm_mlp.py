@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..modules import original_class
 from ..spec import forward_signature
-from .dataflow import feeding_pairs
+from .dataflow import feeding_pairs, forget_sources
 from .family import FusionFamily, register_family
 
 _SCALES = (1.0, 30.0, 1e-3, 3e3)
 _TOKENS = 16
+_LEADING: list[tuple[int, ...]]
+_LEADING = [(), (2, 5), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1)]
 
 
 @register_family
@@ -27,6 +29,7 @@ class RMSNormMLPFamily(FusionFamily):
     name = "rms_norm_mlp"
     kernel = "RMSNormMLP"
     roles = ("norm", "mlp")
+    inputs = 1
 
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, parent in model.named_modules():
@@ -48,20 +51,21 @@ class RMSNormMLPFamily(FusionFamily):
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         prepare.cache_clear()  # type: ignore[attr-defined]
+        forget_sources()
 
     def samples(
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
         """Hidden states `(..., hidden)` of several sizes; small ones show the epsilon, large ones a
-        clamp, more dimensions a mean over tokens."""
+        clamp, more dimensions a mean over tokens, those of one what is left out by `squeeze`."""
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         hidden = prepare(*members).hidden
-        shapes = [(_TOKENS, hidden)] * len(_SCALES) + [(hidden,), (2, 5, hidden), (2, 3, 4, hidden)]
-        scales = (*_SCALES, 1.0, 1.0, 1.0)
+        leading = [(_TOKENS,)] * len(_SCALES) + _LEADING
+        scales = (*_SCALES, *[1.0] * len(_LEADING))
         samples = [
-            torch.randn(shape, generator=generator, device="cpu") * scale
-            for shape, scale in zip(shapes, scales, strict=True)
+            torch.randn((*shape, hidden), generator=generator, device="cpu") * scale
+            for shape, scale in zip(leading, scales, strict=True)
         ]
         odd = torch.randn(4, hidden, generator=generator, device="cpu")
         odd[0], odd[1, 0], odd[2, -1] = 0, float("nan"), float("inf")

@@ -226,7 +226,8 @@ def test_the_order_in_a_merged_projection_is_found(gate_first: bool) -> None:
 
 
 def test_a_forward_that_names_its_real_sizes_is_probed_at_them() -> None:
-    found = prepare(NORMS["early"](H), Gated(lambda m, x: m.b(F.silu(m.c(x)).view(-1, I) * m.a(x))))
+    gated = Gated(lambda m, x: m.b(F.silu(m.c(x)).view(*x.shape[:-1], I) * m.a(x)))
+    found = prepare(NORMS["early"](H), gated)
     assert found.gate == ("c",)
 
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import probe_forms, reference
 from .stand_in import (
     DrawsRandomNumbers,
     Refused,
+    WrongResult,
     original_class,
     output_of,
     probing,
@@ -83,7 +84,7 @@ def prove(mlp: nn.Module, projections: list[Projections], dtype: torch.dtype) ->
     try:
         with probing(mlp):
             return _find(mlp, projections, dtype, real=False)
-    except (_WrongResult, DrawsRandomNumbers):
+    except (WrongResult, DrawsRandomNumbers):
         raise
     except Refused:
         # A forward may name its real sizes.
@@ -91,10 +92,6 @@ def prove(mlp: nn.Module, projections: list[Projections], dtype: torch.dtype) ->
             raise
         with probing(mlp):
             return _find(mlp, projections, dtype, real=True)
-
-
-class _WrongResult(Refused):
-    """The module ran and computed something else."""
 
 
 def _find(
@@ -106,7 +103,7 @@ def _find(
     module = _stand_in(mlp, sizes, torch.float64)
     output = output_of(module.eval(), x)
     if type(output) is not Tensor:
-        raise _WrongResult(f"{name} returns a {type(output).__name__}")
+        raise WrongResult(f"{name} returns a {type(output).__name__}")
     for roles, gate_first, activation in product(projections, (True, False), reference.ACTIVATIONS):
         if roles.up is not None and not gate_first:
             continue
@@ -114,12 +111,19 @@ def _find(
         if (relative_error(output, _formula(module, found, x)) < _SAME).all():
             break
     else:
-        raise _WrongResult(
+        raise WrongResult(
             f"{name} computes something else than down(act(gate(x)) * up(x)) with SiLU or GELU"
         )
     if not torch.equal(output_of(module.train(), x), output):
-        raise _WrongResult(f"{name} computes something else in training mode, such as a dropout")
+        raise WrongResult(f"{name} computes something else in training mode, such as a dropout")
     hidden = sizes[projections[0].hidden]
+    probe_forms.check(
+        lambda: _stand_in(mlp, sizes, torch.float64).eval(),
+        lambda module, x: _formula(module, found, x),
+        hidden,
+        x,
+        _SAME,
+    )
     _check_rounding(name, _stand_in(mlp, sizes, dtype), found, hidden)
     _check_overflow(name, lambda: _stand_in(mlp, sizes, dtype), found, hidden)
     return found
@@ -132,8 +136,10 @@ def _check_rounding(name: str, module: nn.Module, found: FoundMLP, hidden: int) 
     output, own = output_of(module.eval(), x), _formula(module, found, x)
     truth = _formula(module.double(), found, x.double())
     error, own_error = ((value.double() - truth).norm() / truth.norm() for value in (output, own))
+    if not error <= 3 * own_error + torch.finfo(dtype).eps:
+        raise WrongResult(f"{name} computes something else in {dtype} than in float64")
     if output.dtype != dtype or not own_error <= 1.05 * error + 0.05 * torch.finfo(dtype).eps:
-        raise _WrongResult(f"{name} rounds {dtype} elsewhere, or less often, than the MLPs known")
+        raise WrongResult(f"{name} rounds {dtype} elsewhere, or less often, than the MLPs known")
 
 
 def _check_overflow(name: str, make: Callable[[], nn.Module], found: FoundMLP, hidden: int) -> None:
@@ -157,7 +163,7 @@ def _check_overflow(name: str, make: Callable[[], nn.Module], found: FoundMLP, h
         output, own = output_of(module.eval(), x), _formula(module, found, x)
         # A sum in another order may overflow now and then where the other just does not.
         if (output.isfinite() & ~own.isfinite()).float().mean() > _FEW:
-            raise _WrongResult(f"{name} gives numbers where the MLPs known overflow in {dtype}")
+            raise WrongResult(f"{name} gives numbers where the MLPs known overflow in {dtype}")
 
 
 def _weights_of(module: nn.Module, found: FoundMLP) -> tuple[Tensor, Tensor]:

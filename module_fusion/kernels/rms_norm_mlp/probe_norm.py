@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import probe_forms, reference
 from .stand_in import (
     Refused,
     attributes,
@@ -22,6 +22,7 @@ from .stand_in import (
 # Two implementations in float32 differ by a few units of 6e-8. The nearest thing that is no
 # RMSNorm, another epsilon, is looked for with rows as small as the epsilon, where it shows.
 _SAME = 1e-5
+_SAME_GRADIENTS = 1e-4
 # Sums in another order flip the rounding of a value in some thousand; another rounding point
 # changes one in four.
 _SAME_BITS = 0.98
@@ -74,6 +75,7 @@ class _Probe:
 
     def find(self) -> FoundNorm:
         eps, values = self._find_eps()
+        self._check_forms(values)
         norms = ["late"] if self.weight is None or values.plus == 0 else ["one_plus"]
         if self.weight is not None and values.plus == 0:
             norms.append("early")
@@ -115,6 +117,19 @@ class _Probe:
         wide = None if weight is None else weight.double()
         truth = reference.rms_norm(x.double(), wide, values.eps, norm)
         return bool((relative_error(output_of(module, x), truth) < _SAME).all())
+
+    def _check_forms(self, values: _Values) -> None:
+        def formula(module: nn.Module, x: Tensor) -> Tensor:
+            weight = None if self.weight is None else module._parameters[self.weight]
+            wide = None if weight is None else weight.double()
+            return reference.rms_norm(
+                x.double(), wide, values.eps, "one_plus" if values.plus else "late"
+            )
+
+        like = torch.empty(0, dtype=torch.float32, device=self.device)
+        probe_forms.check(
+            lambda: self._stand_in(torch.float32)[0], formula, self.hidden, like, _SAME_GRADIENTS
+        )
 
     def _rounds_like(self, eps: float, norm: str) -> bool:
         """Whether the module, in its dtype, has the bits of the reference."""

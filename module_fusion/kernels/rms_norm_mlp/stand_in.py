@@ -35,6 +35,10 @@ class Refused(ValueError):
     """The members are not what the kernel computes; the text says why."""
 
 
+class WrongResult(Refused):
+    """The module ran and computed something else."""
+
+
 class _Same:
     """An object as a key: equal to itself alone, and kept alive, so that no other gets its id."""
 

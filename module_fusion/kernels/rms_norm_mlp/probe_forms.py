@@ -1,0 +1,74 @@
+"""Whether a member does to any number of dimensions, and backwards, what it does to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .stand_in import WrongResult, original_class, relative_error
+
+_LEADING = ((1,), (1, 1), (1, 3), (3, 1), (2, 3))
+
+
+def check(
+    make: Callable[[], nn.Module],
+    formula: Callable[[nn.Module, Tensor], Tensor],
+    hidden: int,
+    like: Tensor,
+    limit: float,
+) -> None:
+    """Compare a stand-in with its formula: values and shapes, and once the gradients.
+
+    Args:
+        make: makes the stand-in.
+        formula: what the stand-in should give for an input `(..., hidden)`.
+        like: a tensor of the dtype and on the device of the inputs.
+        limit: the largest relative error.
+
+    Raises:
+        WrongResult: they differ.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        generator = torch.Generator("cpu").manual_seed(2)
+        module = make().requires_grad_(True)
+        name = original_class(module).__name__
+        compared = None
+        for leading in _LEADING:
+            x = torch.randn((*leading, hidden), generator=generator, device="cpu")
+            x = x.to(like.device, like.dtype).requires_grad_()
+            try:
+                output = module(x)
+            except Exception:
+                continue  # It does not take such an input.
+            expected = formula(module, x)
+            shape = f"({', '.join(map(str, leading))}, hidden)"
+            if output.shape != x.shape:
+                raise WrongResult(f"{name} gives another shape than that of its input, {shape}")
+            if not (relative_error(output.detach(), expected.detach()) < limit).all():
+                raise WrongResult(f"{name} computes something else for inputs of shape {shape}")
+            compared = output, expected, x
+        if compared is not None:
+            output, expected, x = compared
+            _check_gradients(name, output, expected, [x, *module.parameters()], limit)
+
+
+def _check_gradients(
+    name: str, output: Tensor, expected: Tensor, leaves: list[Tensor], limit: float
+) -> None:
+    generator = torch.Generator("cpu").manual_seed(3)
+    seed = torch.randn(output.shape, generator=generator, device="cpu")
+    gradients = []
+    for value in (output, expected):
+        if not value.requires_grad:
+            raise WrongResult(f"{name} has no gradients")
+        cotangent = seed.to(value.device, value.dtype)
+        gradients.append(torch.autograd.grad(value, leaves, cotangent, allow_unused=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        if (ours is None) != (theirs is None):
+            raise WrongResult(f"{name} has other gradients than the members known")
+        if ours is None or theirs is None:
+            continue
+        if not (relative_error(ours.flatten(), theirs.flatten()) < limit).all():
+            raise WrongResult(f"{name} has other gradients than the members known")
