@@ -458,3 +458,43 @@ def test_a_forward_that_was_replaced_is_read_anew(monkeypatch: pytest.MonkeyPatc
     assert fuse(model).groups == ()
     monkeypatch.setattr(Parent, "forward", Block.forward)
     assert len(fuse(model).fused) == 1
+
+
+class Looped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(Norm(32) for _ in range(2))
+        self.mlps = nn.ModuleList(Mlp(32, 48) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            h = self.norms[i](x)
+            x = x + self.mlps[i](h)
+        return x
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"norm": Norm(32), "mlp": Mlp(32, 48)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.parts["mlp"](self.parts["norm"](x))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Looped, [("norms.0", "mlps.0"), ("norms.1", "mlps.1")]),
+        (Keyed, [("parts.norm", "parts.mlp")]),
+    ],
+)
+def test_members_that_are_taken_from_a_container_by_index_or_key_are_found(
+    make: Callable[[], nn.Module], expected: list[tuple[str, str]]
+) -> None:
+    model, x = make(), torch.randn(2, 5, 32)
+    before = model(x)
+    result = fuse(model)
+    assert [row.paths for row in result.fused] == expected
+    torch.testing.assert_close(model(x), before)
+    assert [row.kernel_calls for row in report(model).groups] == [1] * len(expected)
