@@ -458,3 +458,148 @@ def test_a_forward_that_was_replaced_is_read_anew(monkeypatch: pytest.MonkeyPatc
     assert fuse(model).groups == ()
     monkeypatch.setattr(Parent, "forward", Block.forward)
     assert len(fuse(model).fused) == 1
+
+
+class Looped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(Norm(32) for _ in range(2))
+        self.mlps = nn.ModuleList(Mlp(32, 48) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            h = self.norms[i](x)
+            x = x + self.mlps[i](h)
+        return x
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"norm": Norm(32), "mlp": Mlp(32, 48)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.parts["mlp"](self.parts["norm"](x))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Looped, [("norms.0", "mlps.0"), ("norms.1", "mlps.1")]),
+        (Keyed, [("parts.norm", "parts.mlp")]),
+    ],
+)
+def test_members_that_are_taken_from_a_container_by_index_or_key_are_found(
+    make: Callable[[], nn.Module], expected: list[tuple[str, str]]
+) -> None:
+    model, x = make(), torch.randn(2, 5, 32)
+    before = model(x)
+    result = fuse(model)
+    assert [row.paths for row in result.fused] == expected
+    torch.testing.assert_close(model(x), before)
+    assert [row.kernel_calls for row in report(model).groups] == [1] * len(expected)
+
+
+def weighted(norm: Any, mlp: Any, x: Tensor) -> Tensor:
+    x = norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    gate = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+    return F.linear(gate, mlp.down_proj.weight)
+
+
+class WrongWithoutGradients(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        y = weighted(self.norm, self.mlp, x)
+        return y if torch.is_grad_enabled() else y * 2
+
+
+class FiniteKernel(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nan_to_num(weighted(self.norm, self.mlp, x))
+
+
+class WideKernel(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        return weighted(self.norm, self.mlp, x).double()
+
+
+class OddBlocksFamily(BlocksFamily):
+    """With an infinite number among the inputs."""
+
+    def samples(
+        self, members: Sequence[nn.Module], generator: torch.Generator
+    ) -> list[tuple[Tensor, ...]]:
+        x = torch.randn(64, 8, generator=generator)
+        odd = x.clone()
+        odd[0, 0] = float("inf")
+        return [(x,), (odd,)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (WrongWithoutGradients, "less accurate than the modules"),
+        (FiniteKernel, "relative error inf of the output"),
+        (WideKernel, "the kernel's output is in torch.float64, the modules' in torch.float32"),
+    ],
+)
+def test_a_kernel_that_is_wrong_in_one_respect_is_refused(
+    kernel: type[nn.Module], reason: str, model: Model
+) -> None:
+    register_family(OddBlocksFamily)
+    with mapped(Blocks=kernel):
+        result = fuse(model, {"blocks": True})
+    assert not result.fused
+    assert all(reason in str(row.reason) for row in result.skipped)
+
+
+def rounds_inside(mlp: Any, x: Tensor) -> Tensor:
+    x = x.to(torch.bfloat16).to(torch.float32)
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def test_a_cast_inside_the_members_counts_as_their_error(model: Model) -> None:
+    register_family(BlocksFamily)
+    for layer in model.layers:
+        layer.mlp = type("Rounds", (Mlp,), {"forward": rounds_inside})(8, 16)
+    with mapped(Blocks=WeightKernel):
+        result = fuse(model, {"blocks": True})
+    assert all(row.accuracy is not None and row.accuracy < 0.1 for row in result.fused)
+    assert len(result.fused) == len(model.layers)
+
+
+def test_of_few_elements_a_larger_error_is_allowed() -> None:
+    errors = certificate._Errors()
+    exact = torch.ones(4, dtype=torch.float64)
+    errors.add(exact.float() * 1.0018, exact.float() * 1.001, exact)
+    assert errors.certificate("output", 1e-7).refusal is None
+    many = certificate._Errors()
+    exact = torch.ones(40000, dtype=torch.float64)
+    many.add(exact.float() * 1.0018, exact.float() * 1.001, exact)
+    assert many.certificate("output", 1e-7).refusal is not None
+
+
+def test_nothing_is_tried_while_a_global_hook_is_registered() -> None:
+    model, ran = Model(2, 32), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: ran.append(1))
+    try:
+        result = fuse(model)
+    finally:
+        handle.remove()
+    assert {row.reason for row in result.groups} == {"a global module hook is registered"}
+    assert not ran
+
+
+def test_of_two_groups_that_end_in_the_same_module_the_first_is_fused(model: Model) -> None:
+    class Twice(BlocksFamily):
+        name = "twice"
+
+        def groups(self, model: nn.Module) -> Any:
+            return [("layers.0.norm", "layers.0.mlp"), ("layers.1.norm", "layers.0.mlp")]
+
+    register_family(Twice)
+    with mapped(Blocks=WeightKernel):
+        result = fuse(model, {"twice": True})
+    assert len(result.fused) == 1
+    assert [row.reason for row in result.skipped] == [
+        "layers.0.norm -> layers.0.mlp ends in the same module"
+    ]

@@ -21,12 +21,43 @@ _Sources = dict[str, frozenset[str]]
 
 
 def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of children of which the first's output goes straight to the second."""
+    """Paths of children of which the first's output goes straight to the second.
+
+    A child is named as in `self.norm(x)`, or taken from a container by a constant or a variable,
+    as in `self.norms[0](x)` and `self.norms[i](x)`. Variables stand for every index.
+    """
     if isinstance(module, nn.Sequential):
-        names = list(module._modules)
+        names = [name for name, child in module._modules.items() if child is not None]
         return list(itertools.pairwise(names))
     cls: Any = type(module)
-    return [pair for pair in _pairs_of(cls) if all(name in module._modules for name in pair)]
+    return [pair for names in _pairs_of(cls) for pair in _expanded(module, *names)]
+
+
+def _expanded(module: nn.Module, first: str, second: str) -> list[tuple[str, str]]:
+    """The paths that two names stand for, which may have the same variable as index."""
+    producers, consumers = _children(module, first), _children(module, second)
+    if _variable(first) and _variable(first) == _variable(second):
+        return [(producers[key], consumers[key]) for key in producers if key in consumers]
+    return list(itertools.product(producers.values(), consumers.values()))
+
+
+def _children(module: nn.Module, name: str) -> dict[str, str]:
+    """The paths of the children that a name stands for, by their index."""
+    name, bracket, index = name.partition("[")
+    child = module._modules.get(name)
+    if child is None:
+        return {}
+    if not bracket:
+        return {"": name}
+    if _variable(f"{name}[{index}"):
+        return {key: f"{name}.{key}" for key in child._modules}
+    key = str(ast.literal_eval(index[:-1]))
+    return {key: f"{name}.{key}"} if key in child._modules else {}
+
+
+def _variable(name: str) -> str:
+    index = name.partition("[")[2][:-1]
+    return index if index.isidentifier() else ""
 
 
 def forget_sources() -> None:
@@ -115,10 +146,23 @@ class _Flow:
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
         given = [self._origin(value, sources) for value in values]
         function = node.func
-        if not isinstance(function, ast.Attribute):
+        child = self._child(function)
+        if child is None:
+            if isinstance(function, ast.Attribute):
+                self._origin(function.value, sources)
             return frozenset()
-        self._origin(function.value, sources)
-        if not isinstance(function.value, ast.Name) or function.value.id != self.me:
-            return frozenset()
-        self.pairs += [(name, function.attr) for names in given for name in sorted(names)]
-        return frozenset([function.attr])
+        self.pairs += [(name, child) for names in given for name in sorted(names)]
+        return frozenset([child])
+
+    def _child(self, function: ast.expr) -> str | None:
+        """`norm` for `self.norm`, `norms[i]` for `self.norms[i]`, None for anything else."""
+        index = ""
+        if isinstance(function, ast.Subscript):
+            taken = function.slice
+            is_constant = isinstance(taken, ast.Constant) and type(taken.value) in (int, str)
+            if not is_constant and not isinstance(taken, ast.Name):
+                return None
+            function, index = function.value, f"[{ast.unparse(taken)}]"
+        if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name):
+            return None
+        return function.attr + index if function.value.id == self.me else None

@@ -34,8 +34,8 @@ class RMSNormMLPFamily(FusionFamily):
     def groups(self, model: nn.Module) -> Iterable[tuple[str, ...]]:
         for path, parent in model.named_modules():
             for first, second in feeding_pairs(parent):
-                norm, mlp = parent._modules[first], parent._modules[second]
-                if norm is not None and mlp is not None and _is_norm(norm) and _is_mlp(mlp):
+                norm, mlp = parent.get_submodule(first), parent.get_submodule(second)
+                if _is_norm(norm) and _is_mlp(mlp):
                     yield tuple(f"{path}.{name}" if path else name for name in (first, second))
 
     def is_fusable(self, members: Sequence[nn.Module]) -> str | None:
