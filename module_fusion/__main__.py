@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import FusionError, __version__, benchmark, fuse, verify
+from .errors import text_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = _load(Path(options.model), options.dtype).to(options.device)
         return int(options.run(model, options))
-    except (FusionError, OSError, ValueError, ImportError) as error:
-        print(f"module_fusion: {error}", file=sys.stderr)
+    except Exception as error:
+        # Whatever a model, its config or its inputs raise: 1 is for a changed result alone.
+        print(f"module_fusion: {text_of(error)}", file=sys.stderr)
         return 2
 
 
@@ -107,10 +109,11 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
     names = getattr(config, "architectures", None) or []
     cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     chosen = config.dtype if dtype is None else _DTYPES[dtype]
-    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+    if any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         loader = cls or transformers.AutoModel
         model: nn.Module = loader.from_pretrained(path, local_files_only=True, dtype=chosen)
         return model
+    print("module_fusion: no weights there, so they are random", file=sys.stderr)
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config) if cls is None else cls(config)
     if chosen is not None:
@@ -143,6 +146,10 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
                 f"keyword arguments: torch.save({{'input_ids': ids}}, ...)."
             )
         return loaded
+    if options.batch < 1 or options.tokens < 1:
+        raise FusionError(
+            f"--batch and --tokens are at least 1, not {options.batch} and {options.tokens}."
+        )
     name = getattr(model, "main_input_name", None)
     config = model.config.get_text_config() if name == "input_ids" else model.config
     random = torch.Generator().manual_seed(options.seed)

@@ -38,6 +38,7 @@ _FEWEST_ROUNDS = 20
 
 def benchmark(
     model: nn.Module,
+    /,
     *args: Any,
     method: str = "forward",
     backward: bool = False,
@@ -92,7 +93,7 @@ def benchmark(
         NotFusableError: Liger does not know the model.
         MissingPackageError: Liger, or tqdm where `progress=True`, is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from module_fusion import benchmark, fuse_modules

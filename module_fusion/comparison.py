@@ -15,7 +15,8 @@ from .inventory import chains_in, modules_in, states_of, strays_in
 from .modules import KEY, ModuleState, expected_class
 from .verifying.structures import same_bits
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+# What `nn.Module` itself has in every instance, or puts there when it is compiled.
+_OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
 
 
 @contextmanager

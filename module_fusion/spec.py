@@ -38,7 +38,7 @@ class ModuleSpec:
     `"_"` stands for one that is not wired: an input that never takes an earlier output, an
     output that no later member uses.
 
-    Example:
+    Examples:
         >>> ModuleSpec(inputs=["hidden_states"], outputs=["normed"])
         ModuleSpec(inputs=('hidden_states',), outputs=('normed',))
     """

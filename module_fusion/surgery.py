@@ -76,7 +76,7 @@ def fuse_modules(
             as already fused.
         NotFusableError: a module or the kernel refuses. The model is as it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> block = nn.Sequential()
@@ -210,7 +210,7 @@ def fused(
 
     Takes the arguments of `fuse_modules` but `dry_run`. Chains that were fused before stay fused.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
         >>> with fused(model, ["0", "1"]) as report:

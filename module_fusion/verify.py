@@ -67,7 +67,7 @@ def verify(
     Raises:
         FusionError: nothing is fused, or an argument is not usable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from module_fusion import fuse_modules

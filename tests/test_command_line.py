@@ -132,7 +132,7 @@ def test_inputs_come_from_a_file(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["plan", "nowhere"], "There is no file or folder 'nowhere'."),
+        (["plan", "nowhere"], "There is no file or folder 'nowhere'"),
         (["plan", "CONFIG", "--families", "rms_norm"], "There is no family 'rms_norm'. Did you"),
         (["verify", "CONFIG", "--families", "patch_embeddings"], "Nothing is fused in this model"),
     ],

@@ -40,7 +40,7 @@ NAMES = [
 ]
 SIGNATURES = {
     "benchmark": (
-        "(model: 'nn.Module', *args: 'Any', method: 'str' = 'forward', "
+        "(model: 'nn.Module', /, *args: 'Any', method: 'str' = 'forward', "
         "backward: 'bool' = False, compare: 'str | Sequence[str]' = (), "
         "compile_options: 'Mapping[str, Any] | None' = None, seconds: 'float' = 5.0, "
         "precision: 'float' = 0.02, confidence: 'float' = 0.95, "

@@ -117,7 +117,7 @@ class Run:
             peak_memory_bytes=self.peak_memory_bytes,
             kernel_calls=None if compiled else sum(count.kernel for count in self.counts),
             member_calls=None if compiled else sum(count.members for count in self.counts),
-            note="; ".join(self._notes()),
+            note="; ".join([*self._notes(), *self._about_tokens(unfused)]),
         )
 
     def _from_the_start(self) -> Inputs:
@@ -143,6 +143,10 @@ class Run:
             yield from self._about_graphs() if compiled else self._about_kernels()
         if self.compiled_again:
             yield f"torch.compile ran in {self.compiled_again} of the {len(self.samples)} samples"
+
+    def _about_tokens(self, unfused: Run) -> Iterator[str]:
+        if self.tokens != unfused.tokens:
+            yield f"{self.tokens} tokens, unfused {unfused.tokens}: another amount of work"
 
     def _about_kernels(self) -> Iterator[str]:
         without = [count for count in self.counts if count.members or not count.kernel]

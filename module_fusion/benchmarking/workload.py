@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import FusionError
+from ..verifying.structures import fresh
 
 
 class Inputs(NamedTuple):
@@ -53,19 +53,7 @@ class Workload:
 
     def fresh(self) -> Inputs:
         """A copy of the inputs that a call may change; modules in them stay the same."""
-        memo: dict[int, Any] = {}
-        for leaf in _leaves(self.inputs):
-            if isinstance(leaf, nn.Module):
-                memo[id(leaf)] = leaf
-            elif isinstance(leaf, Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach().clone().requires_grad_()
-        try:
-            return copy.deepcopy(self.inputs, memo)
-        except Exception as error:
-            raise FusionError(
-                f"An input cannot be copied, which every call needs: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        return fresh(self.inputs)  # type: ignore[no-any-return]
 
     def bound_to(self, module: nn.Module) -> Callable[[Inputs], Any]:
         """The call, on a module in the classes it has now."""

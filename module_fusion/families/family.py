@@ -31,7 +31,7 @@ class FusionFamily:
         inputs: how many inputs the kernel takes, None where any number will do.
         layouts: how the kernel wants weights to lie side by side, if it does.
 
-    Example:
+    Examples:
         >>> class NormLinear(FusionFamily):
         ...     name, kernel, roles = "norm_linear", "NormLinear", ("norm", "linear")
         ...     paths = (("layers.*.norm", "layers.*.linear"),)

@@ -72,7 +72,7 @@ def fuse(
         FusionError: the code of a family raised an error. The model is as it was.
         PathNotFoundError: a path in `include` or `exclude` matches nothing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from module_fusion import fuse, report, unfuse_modules

@@ -52,7 +52,7 @@ class WeightLayout:
         unpack: takes the packed tensor and the weights' shapes and gives the weights as views of
             it, each contiguous and with the very same bits. What gives anything else is refused.
 
-    Example:
+    Examples:
         >>> layout = WeightLayout("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight"))
         >>> gate, up = torch.zeros(2, 3), torch.ones(2, 3)
         >>> packed = layout.pack([gate, up])

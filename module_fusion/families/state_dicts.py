@@ -57,7 +57,7 @@ def pack_state_dict(
     Raises:
         FusionError: the family of a layout is not registered.
 
-    Example:
+    Examples:
         >>> layouts = {
         ...     "mlp.fused_kernel.gate_up": {
         ...         "weights": [["mlp.gate.weight", [2, 3]], ["mlp.up.weight", [2, 3]]],

@@ -21,7 +21,7 @@ def encoded(families: bool | Mapping[str, Any]) -> Any:
 
     Names and options are a list of pairs, because config files sort the keys of mappings.
 
-    Example:
+    Examples:
         >>> stored = encoded({"rms_norm_mlp": {"mode": Mode.INFERENCE | Mode.TORCH_COMPILE}})
         >>> stored
         [['rms_norm_mlp', {'mode': 'INFERENCE|TORCH_COMPILE'}]]

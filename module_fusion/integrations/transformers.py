@@ -58,7 +58,7 @@ def from_pretrained(
         FusionError: `fusion_config` is none; `NotFusableError` and `PathNotFoundError` as for
             `fuse`. A stored config raises nothing: what no longer fits is in the warning.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from module_fusion import from_pretrained, report

@@ -24,7 +24,7 @@ class InstalledRepository:
         package: the importable package with a module `layers`.
         layer_name: the layer class in it.
 
-    Example:
+    Examples:
         >>> repository = InstalledRepository("module_fusion.kernels.patch_embed", "PatchEmbed")
         >>> repository.load().__name__
         'PatchEmbed'

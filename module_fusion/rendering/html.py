@@ -39,7 +39,7 @@ def table(
             spans all columns but the first.
         caption: what the table is about.
 
-    Example:
+    Examples:
         >>> table(["a"], [["<1>"]]).partition("<tbody>")[2]
         '<tr class="mf-row"><td>&lt;1&gt;</td></tr></tbody></table>'
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +78,14 @@ def between(fused: Sequence[Leaf], unfused: Sequence[Leaf]) -> list[Difference]:
     return found
 
 
-def _by_place(found: Sequence[Leaf]) -> dict[tuple[str, bool], Any]:
-    return {(leaf.path or "output", type(leaf.value) is Kind): leaf.value for leaf in found}
+def _by_place(found: Sequence[Leaf]) -> dict[tuple[str, bool, int], Any]:
+    """Leaves by path; two of one path, such as the keys 1 and "1", by their order."""
+    places: dict[tuple[str, bool, int], Any] = {}
+    for leaf in found:
+        path, is_kind = leaf.path or "output", type(leaf.value) is Kind
+        number = next(n for n in itertools.count() if (path, is_kind, n) not in places)
+        places[path, is_kind, number] = leaf.value
+    return places
 
 
 def _differing_values(a: Any, b: Any) -> str | None:
@@ -87,9 +95,14 @@ def _differing_values(a: Any, b: Any) -> str | None:
         return f"a {type(a).__name__} fused, a {type(b).__name__} unfused"
     if a is b or (isinstance(a, float) and a != a and b != b):
         return None
-    plain = (bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, torch.Size)
-    if hasattr(a, "tobytes") and a.tobytes() != b.tobytes():
+    if isinstance(a, Iterator):
+        return f"a {type(a).__name__} cannot be compared without using it up"
+    if isinstance(a, float) and a == b and math.copysign(1, a) != math.copysign(1, b):
+        return f"{a} fused, {b} unfused"
+    if hasattr(a, "tobytes") and (a.dtype, a.shape, a.tobytes()) != (b.dtype, b.shape, b.tobytes()):
         return "the arrays differ"
+    plain: tuple[type, ...] = (bool, int, float, complex, str, bytes, bytearray, range, slice)
+    plain += (tuple, torch.dtype, torch.device, torch.Size)
     # Of other objects nothing more is known than that they are of one class.
     if isinstance(a, plain) and a != b:
         return f"{a!r} fused, {b!r} unfused"

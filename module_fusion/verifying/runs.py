@@ -19,7 +19,7 @@ from .differences import Difference, between, combined, difference, differences
 from .judging import judge
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, fresh, frozen, leaves, same_bits
+from .structures import Leaf, bits_of, fresh, frozen, leaves, same_bits
 from .watching import Call, equal, following, noted, watched
 
 _ITSELF = (
@@ -77,8 +77,10 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
     with nothing_left_behind(ask.model) as again:
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
+        left_by_theirs = _left_in(ask.model)
         again()
         ours, calls = _run(ask, watched(found))
+        left_by_ours = _left_in(ask.model)
         again()
         result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
         # Not how many: one that has ended gives its number to the next.
@@ -88,17 +90,28 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         rows = [*result.outputs, *result.gradients]
         same = not (kernels and in_threads)
         same = same and all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
-        result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
+        result.problems += [
+            f"{name} is not as the unfused run left it: the fused run changed it in another way"
+            for name, value in left_by_theirs.items()
+            if left_by_ours.get(name) != value
+        ]
+        if found and not calls and not in_threads:
+            result.problems.append("none of the fused modules was called in this run")
         for d in result.gradients:
             if d.problem:
                 result.problems.append(f"the gradient of {d.name}: {d.problem}")
+        left_over: list[str] | None = None
         if in_threads:
             result.notes.append(_THREADS)
         elif kernels and not same:
             with unfused(ask.model):
                 followed, _ = _run(ask, following(found, calls), gradients=False)
             again()
-            result.problems += _left_over(ours, followed)
+            left_over = _left_over(ours, followed)
+            result.problems += left_over
+        if left_over != []:
+            # Else it follows from what the kernels returned, and those are judged by themselves.
+            result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
         if not kernels and not same and not result.problems:
             result.problems.append(
                 "no kernel ran, and still the fused model gives other bits than the unfused one"
@@ -135,6 +148,19 @@ def _run(ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True) 
     found = _gradients_of(output, wanted) if ask.gradients and gradients else {}
     # A model may return its own buffers, which are put back.
     return _Ran(frozen(output), frozen(given), found), seen
+
+
+def _left_in(model: nn.Module) -> dict[str, Any]:
+    """What a run leaves behind besides its output, told by sums of bits."""
+    left: dict[str, Any] = {"the random state": torch.get_rng_state().tolist()}
+    for kind, tensors in (
+        ("parameter", model.named_parameters()),
+        ("buffer", model.named_buffers()),
+    ):
+        for name, tensor in tensors:
+            if not tensor.is_meta and tensor.layout is torch.strided:
+                left[f"the {kind} {name}"] = int(bits_of(tensor).sum(dtype=torch.int64))
+    return left
 
 
 def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
@@ -177,8 +203,11 @@ def _outputs(ask: Ask, ours: _Ran, theirs: _Ran) -> list[Difference]:
         value = untouched.get(d.name)
         if isinstance(value, Tensor) and value.is_floating_point() and ask.dtype is not None:
             value = value.to(ask.dtype)
-        after = next(leaf.value for leaf in theirs.given if leaf.path == d.name)
-        if not d.equal or not isinstance(value, Tensor) or not same_bits(value, after):
+        after = next((leaf.value for leaf in theirs.given if leaf.path == d.name), None)
+        is_same = (
+            isinstance(value, Tensor) and isinstance(after, Tensor) and same_bits(value, after)
+        )
+        if not d.equal or not is_same:
             found.append(d)
     return found
 

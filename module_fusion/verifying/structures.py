@@ -7,7 +7,8 @@ caches without knowing one of them by name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sized, ValuesView
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def _leaves(value: Any, path: str, open_: set[int]) -> Iterator[Leaf]:
     if parts is None or id(value) in open_:
         yield Leaf(path, value if parts is None else Kind("the same object again"))
         return
-    is_sized = isinstance(value, (Mapping, list, tuple, set, frozenset))
+    is_sized = isinstance(value, Sized)
     yield Leaf(path, Kind(type(value).__qualname__, len(value) if is_sized else None))
     open_.add(id(value))
     for name, part in parts:
@@ -64,6 +65,8 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
         return None
     if isinstance(value, Mapping):
         return [(key, value[key]) for key in value]
+    if isinstance(value, (KeysView, ValuesView, ItemsView, deque)):
+        value = list(value)
     if isinstance(value, (list, tuple)):
         names = getattr(value, "_fields", range(len(value)))
         return list(zip(names, value, strict=False))
@@ -173,7 +176,7 @@ def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
         return copy.deepcopy(value, memo)
     except Exception as error:
         raise FusionError(
-            f"verify gives every run a copy of the inputs, and these cannot be copied: {error}. "
+            f"Every run gets a copy of the inputs, and these cannot be copied: {error}. "
             f"Pass inputs that can be used more than once: tensors, lists, caches; no open file, "
             f"iterator or stream."
         ) from error
