@@ -14,6 +14,7 @@ from .structures import Kind, Leaf, bits_of, leaves, same_bits
 
 # Elements that are looked at together in float64.
 _CHUNK = 1 << 22
+USED_UP = "cannot be compared without using it up"
 
 
 class Difference(NamedTuple):
@@ -96,7 +97,7 @@ def _differing_values(a: Any, b: Any) -> str | None:
     if a is b or (isinstance(a, float) and a != a and b != b):
         return None
     if isinstance(a, Iterator):
-        return f"a {type(a).__name__} cannot be compared without using it up"
+        return f"a {type(a).__name__} {USED_UP}"
     if isinstance(a, float) and a == b and math.copysign(1, a) != math.copysign(1, b):
         return f"{a} fused, {b} unfused"
     if hasattr(a, "tobytes") and (a.dtype, a.shape, a.tobytes()) != (b.dtype, b.shape, b.tobytes()):
