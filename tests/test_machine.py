@@ -34,6 +34,8 @@ from module_fusion import (
 from module_fusion.comparison import unfused
 
 CHAIN = st.tuples(st.booleans(), PICK, st.integers(0, 3), st.integers(1, 3), st.booleans())
+# Mostly those that a kernel may run in.
+PROBES = [how for one in CONTEXTS for how in ("plain", "no_grad", "plain", "no_grad", one)]
 KERNEL = st.sampled_from(["Weights", "Weights", "Members", "NoBackward", None])
 
 
@@ -50,7 +52,7 @@ class Machine(Steps):
         type(self).examples += 1
         self.case, self.twins = case, Twins(case)
         self.never_fused = structure(self.ours)
-        self.with_gradients = case.gradients
+        self.probes = case.seed
         self.new_optimizer(False)
         if case.with_kernel:
             self.fuse_everything("Weights")
@@ -199,10 +201,9 @@ class Machine(Steps):
         if not hasattr(self, "twins"):
             return
         type(self).steps += 1
-        self.with_gradients = not self.with_gradients
-        ran = kernel_runs()
-        with torch.set_grad_enabled(self.with_gradients):
-            self.twins.both(lambda side: Side(side.model).forward(*self.inputs(0)))
+        self.probes += 1
+        ran, how = kernel_runs(), PROBES[self.probes % len(PROBES)]
+        self.twins.both(lambda side: Side(side.model).forward(*self.inputs(0), how))
         self.count_forward(kernel_runs() > ran)
         self.twins.check()
 
