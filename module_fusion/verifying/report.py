@@ -110,7 +110,8 @@ class VerificationReport:
         ran = {0: "no kernel ran", 1: "a kernel ran once"}.get(calls, f"kernels ran {calls} times")
         if self.equal:
             return f"Passed, equal to the bit: {ran}"
-        return f"Passed: {ran}, each within rounding of the modules it replaced; not equal to the bit"
+        what = "each within rounding of the modules it replaced"
+        return f"Passed: {ran}, {what}; not equal to the bit"
 
     def tables(self) -> list[Table]:
         """The report as rows of text, repeated blocks folded into one."""
