@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from module_fusion import DeferredUseError, FusionError
 from module_fusion.modules import state_of
-from module_fusion.plain import original_of
 
 
 class Mixed(nn.Module):
@@ -43,7 +42,7 @@ class Mixed(nn.Module):
 @contextmanager
 def global_hook() -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        LOG.entries.append((original_of(type(module)).__name__, bits(flat(output)[0])))
+        LOG.entries.append(bits(flat(output)[0]))
 
     handle = register_module_forward_hook(hook)
     try:
@@ -81,7 +80,8 @@ class Side:
             with CONTEXTS[how]():
                 if how == "functional_call":
                     weights = {name: p * 2 for name, p in model.named_parameters()}
-                    output = functional_call(model, weights, (x, extra))
+                    # Tied, a module at two paths would keep the weights of the call.
+                    output = functional_call(model, weights, (x, extra), tie_weights=False)
                 elif how == "checkpoint":
                     output = checkpoint(model, x, extra, use_reentrant=False)
                 else:
