@@ -209,7 +209,7 @@ def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
             reads.append(Read(name, value.copy(), functools.partial(_own_value, (name,))))
         elif name not in module.__dict__ and isinstance(value, (*_DATA, tuple)):
             reads.append(Read(name, value, functools.partial(_own_value, (name,))))
-        elif rest and isinstance(vars_of(value).get(rest[0]), _DATA):
+        elif rest and rest[0] in vars_of(value) and isinstance(vars_of(value)[rest[0]], _DATA):
             path = (name, rest[0])
             held = vars_of(value)[rest[0]]
             reads.append(Read(".".join(path), held, functools.partial(_own_value, path)))

@@ -21,12 +21,19 @@ from .verifying.structures import leaves, map_tensors
 
 LIMIT = 1.1
 # Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
-FLOOR = 0.25
+_FLOOR = 0.25
 # Of a gradient in float32 the order of summation decides about some units in the last place.
 FLOOR_OF_GRADIENTS = 4 * torch.finfo(torch.float32).eps
+# In float64 the measure is no finer than what is measured: the order of summation decides.
+_FLOOR_OF_DOUBLE = 16 * torch.finfo(torch.float64).eps
 _SEED = 0
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
 _ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def floor_of(epsilon: float) -> float:
+    """The relative error below which nothing is told from none, by a dtype's epsilon."""
+    return max(_FLOOR * epsilon, _FLOOR_OF_DOUBLE)
 
 
 def seeded(device: str | torch.device = "cpu") -> torch.Generator:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..chain import Chain
 from ..exact import (
-    FLOOR,
     FLOOR_OF_GRADIENTS,
     LIMIT,
     InDouble,
@@ -27,6 +26,7 @@ from ..exact import (
     chain_of,
     copy_of,
     double,
+    floor_of,
     run_on_copies,
     seat_on,
     seeded,
@@ -143,7 +143,7 @@ class _Errors:
         kernel, members = (self.kernel / count) ** 0.5, (self.members / count) ** 0.5
         # Of few elements an error is a matter of luck.
         slack = 1 + 2 / max(self.elements, 1) ** 0.5
-        floor = FLOOR * epsilon
+        floor = floor_of(epsilon)
         if what.startswith("gradient"):
             floor = max(floor, FLOOR_OF_GRADIENTS)
         return Certificate(kernel, members, max(LIMIT * members, floor) * slack, floor, what)

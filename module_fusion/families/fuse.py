@@ -232,9 +232,11 @@ def _fuse_family(
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
     done = []
-    reasons, refused = _compare([job for job in jobs if id(job) not in failed], family)
+    # Where weights could not be packed again, the members run.
+    running = [job for job in jobs if id(job) not in failed and id(job) not in unpacked]
+    reasons, refused = _compare(running, family)
     for job in jobs:
-        reason = failed.get(id(job)) or reasons[id(job)]
+        reason = failed.get(id(job)) or reasons.get(id(job))
         if id(job) in failed and job in new:
             packer.give_back(job.chain)
             rows.append(_skipped(family, job.group, reason or ""))

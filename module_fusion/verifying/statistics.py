@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..exact import FLOOR, FLOOR_OF_GRADIENTS, LIMIT, seeded
+from ..exact import FLOOR_OF_GRADIENTS, LIMIT, floor_of, seeded
 
 # An element may be this many times its expected error off; of many elements one is the worst.
 _ELEMENT = 16.0
@@ -120,7 +120,7 @@ class Tally:
         self.is_output = name.startswith("output")
         epsilon = torch.finfo(dtype).eps
         self.tiny = torch.finfo(dtype).smallest_normal ** 2
-        self.floor = FLOOR * epsilon
+        self.floor = floor_of(epsilon)
         if not self.is_output:
             self.floor = max(self.floor, FLOOR_OF_GRADIENTS)
         self.order = _ORDER * min(torch.finfo(torch.float32).eps / epsilon, 1.0)
