@@ -49,7 +49,8 @@ def check(
             if not (relative_error(output.detach(), expected.detach()) < limit).all():
                 raise WrongResult(f"{name} computes something else for inputs of shape {shape}")
             compared = output, expected, x
-        if compared is not None:
+        # The gradient of one value's norm is zero but for the epsilon and for rounding.
+        if compared is not None and hidden > 1:
             output, expected, x = compared
             _check_gradients(name, output, expected, [x, *module.parameters()], limit)
 
