@@ -194,6 +194,7 @@ def weights_kernel_without_backward(inputs: int) -> type[nn.Module]:
 class ExactKernel(WeightKernel):
     """Reads the packed weights where there are any and no gradient is needed."""
 
+    @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
         COUNT[0] += 1
         packed = self.packed.get("gate_up")
