@@ -181,12 +181,20 @@ def weights_kernel(inputs: int) -> type[nn.Module]:
 
 def run_bare(seat: Any, inputs: list[Any]) -> Any:
     COUNT[0] += 1
-    return run_members(seat._plan, seat.members(), bare, inputs)
+    with torch.autocast("cpu", enabled=False):
+        return run_members(seat._plan, seat.members(), bare, inputs)
+
+
+def weights_kernel_without_backward(inputs: int) -> type[nn.Module]:
+    kernel = weights_kernel(inputs)
+    forward = torch.no_grad()(kernel.forward)
+    return type("NoBackward", (nn.Module,), {"forward": forward, "has_backward": False})
 
 
 class ExactKernel(WeightKernel):
     """Reads the packed weights where there are any and no gradient is needed."""
 
+    @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
         COUNT[0] += 1
         packed = self.packed.get("gate_up")
@@ -213,10 +221,7 @@ class ExactFamily(RMSNormMLPFamily):
 
 
 MEMBERS = {f"Members{n}": members_kernel(n) for n in range(7)}
-NO_BACKWARD = {
-    f"NoBackward{n}": type("NoBackward", (members_kernel(n),), {"has_backward": False})
-    for n in range(7)
-}
+NO_BACKWARD = {f"NoBackward{n}": weights_kernel_without_backward(n) for n in range(7)}
 WEIGHTS = {f"Weights{n}": weights_kernel(n) for n in range(7)}
 KERNELS = {**MEMBERS, **NO_BACKWARD, **WEIGHTS, "Exact": ExactKernel}
 

@@ -73,7 +73,7 @@ class Side:
     inputs: list[Tensor] = field(default_factory=list)
 
     def forward(self, x: Tensor, extra: Tensor, how: str = "plain", seed: int = 0) -> list[Any]:
-        """Types and bits of what comes out, and of what the blocks kept."""
+        """What comes out, and the bits of what the blocks kept."""
         torch.manual_seed(seed)
         model: Any = self.model
         try:
@@ -93,7 +93,7 @@ class Side:
         kept = [bits(value) for value in self._kept()]
         self.outputs = [leaf for leaf in leaves if leaf.requires_grad]
         self.inputs = [x, extra]
-        return [(type(leaf), bits(leaf)) for leaf in leaves] + kept
+        return [(type(leaf), leaf.requires_grad, bits(leaf)) for leaf in leaves] + kept
 
     def _kept(self) -> list[Any]:
         blocks = [m for m in self.model.modules() if isinstance(m, Program)]
