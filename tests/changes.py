@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from module_fusion import FusionError, ModuleSpec
-from module_fusion.families import WeightLayout, family, register_family
+from module_fusion.families import WeightLayout, register_family
 from module_fusion.families.rms_norm_mlp import RMSNormMLPFamily
 from module_fusion.modules import call_as_itself
 from module_fusion.paths import find_groups
@@ -245,11 +245,6 @@ def inputs_of(model: nn.Module, paths: dict[str, str], specs: list[ModuleSpec] |
 @contextmanager
 def kernels_and_family() -> Iterator[None]:
     """The kernels are mapped and the family is registered."""
-    known = dict(family._FAMILIES)
     register_family(ExactFamily)
-    try:
-        with mapped(**KERNELS):
-            yield
-    finally:
-        family._FAMILIES.clear()
-        family._FAMILIES.update(known)
+    with mapped(**KERNELS):
+        yield

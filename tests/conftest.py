@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 from support import Model
 from torch import Tensor
 
+from module_fusion.families.family import _FAMILIES
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 _COMMON = {
@@ -30,6 +32,15 @@ def _fresh_compiler() -> Iterator[None]:
     """Graphs of other tests count towards the recompile limit of the code they share."""
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _families_as_before() -> Iterator[None]:
+    """What a test, or a page of the documentation, registers is gone after it."""
+    before = dict(_FAMILIES)
+    yield
+    _FAMILIES.clear()
+    _FAMILIES.update(before)
 
 
 @pytest.fixture(params=DEVICES)

@@ -292,9 +292,8 @@ def test_a_model_in_training_keeps_its_graph_and_gradients(model: Model, x: Tens
 
 
 @pytest.fixture
-def _family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _family() -> Iterator[None]:
     """The family whose kernel wants packed weights is registered for one test."""
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     register_family(PackedNormMLPFamily)
     with mapped(PackedNormMLP=PackedNormMLP):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -40,7 +40,6 @@ from module_fusion import (
 )
 from module_fusion.families import certificate
 from module_fusion.families.dataflow import feeding_pairs
-from module_fusion.families.family import _FAMILIES
 from module_fusion.plain import MemberForm
 
 TEXT = {
@@ -52,14 +51,6 @@ TEXT = {
     "num_key_value_heads": 2,
 }
 NORM_MLP = "model.layers.*.post_attention_layernorm", "model.layers.*.mlp"
-
-
-@pytest.fixture(autouse=True)
-def _families_as_before() -> Iterator[None]:
-    before = dict(_FAMILIES)
-    yield
-    _FAMILIES.clear()
-    _FAMILIES.update(before)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,14 +36,6 @@ from module_fusion.modules import original_class
 from module_fusion.plain import MemberForm
 
 PATHS = {"norm": "layers.*.norm", "mlp": "layers.*.mlp"}
-
-
-@pytest.fixture(autouse=True)
-def _families_as_before() -> Iterator[None]:
-    before = dict(_FAMILIES)
-    yield
-    _FAMILIES.clear()
-    _FAMILIES.update(before)
 
 
 def scaled(mlp: Any, x: Tensor, scale: Any = None) -> Tensor:

@@ -43,8 +43,7 @@ PACKED = {"packed_norm_mlp": True}
 
 
 @pytest.fixture(autouse=True)
-def _family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
+def _family() -> Iterator[None]:
     register_family(PackedNormMLPFamily)
     with mapped(PackedNormMLP=PackedNormMLP):
         yield

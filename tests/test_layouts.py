@@ -20,7 +20,7 @@ from support import Mlp, Model, Norm, mapped
 from torch import Tensor, nn
 
 from module_fusion import NotFusableError, fuse, fuse_modules, report, unfuse_modules
-from module_fusion.families import FusionFamily, WeightLayout, family, register_family
+from module_fusion.families import FusionFamily, WeightLayout, register_family
 
 WEIGHTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 FAMILY = {"packed_norm_mlp": True}
@@ -49,9 +49,8 @@ def x(device: str) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _family() -> Iterator[None]:
     """The family is registered, and its kernel mapped, for one test."""
-    monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     register_family(PackedNormMLPFamily)
     with mapped(PackedNormMLP=PackedNormMLP, Unpacked=PackedNormMLP):
         yield
