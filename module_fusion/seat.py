@@ -25,6 +25,16 @@ from .plain import MemberForm
 from .spec import External, Plan
 
 _MISSING = object()
+_OF_THE_KERNEL = {
+    "forward",
+    "prepared",
+    "_armed",
+    "_capabilities",
+    "_dtypes",
+    "_device",
+    "_has_buffers",
+    "_why_unprepared",
+}
 
 
 class FusedKernel(nn.Module):
@@ -105,6 +115,29 @@ class FusedKernel(nn.Module):
                 _device=_only(set().union(*(form.devices for form in forms))),
                 _has_buffers=any(form.has_buffers for form in forms),
             )
+
+    def restorer(self) -> Callable[[], None]:
+        """How to have back what sits here now, as it is now: nothing is prepared again."""
+        before = dict(self.__dict__)
+        members = self.members()
+        states = list(map(state_of, members))
+        forms = [None if state is None else state.form for state in states]
+
+        def restore() -> None:
+            if list(map(state_of, members)) != states:
+                return  # The chain is gone.
+            now = dict(self.__dict__)
+            self.__dict__.clear()
+            for name in (*before, *now):
+                values = before if name in _OF_THE_KERNEL else now
+                if name in values:
+                    self.__dict__[name] = values[name]
+            for state, form in zip(states, forms, strict=True):
+                if state is not None:
+                    state.armed += int(before["_armed"]) - int(now["_armed"])
+                    state.form = form
+
+        return restore
 
     def _prepare(self, forms: Sequence[MemberForm]) -> str | None:
         """Let the kernel look at its members; the reason why it cannot have them, or None.

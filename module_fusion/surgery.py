@@ -324,16 +324,13 @@ def _restorer(module: nn.Module, state: ModuleState) -> Callable[[], None]:
 
 
 def restorer_of_kernel(chain: Chain) -> Callable[[], None]:
-    """How to give a chain the kernel back that it has now."""
-    seat = chain.seat
-    assert seat is not None
-    before = seat.__dict__.get("forward")
+    """How to give a chain the kernel back that it has now, or its absence."""
+    assert chain.seat is not None
+    seat, reason, accuracy = chain.seat.restorer(), chain.reason, chain.accuracy
 
     def restore() -> None:
-        if before is not None:
-            seat.forward = before
-        elif "forward" in seat.__dict__:
-            del seat.forward
+        seat()
+        chain.reason, chain.accuracy = reason, accuracy
 
     return restore
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from structure import structure
 from support import PATHS, Block, Model, Norm, WeightKernel, mapped
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from module_fusion import (
     FusionError,
@@ -86,6 +88,31 @@ def test_fused_fuses_inside_and_restores_outside_whatever_is_raised() -> None:
     with pytest.raises(FusionError), fused(model, ["layers.*.nrom"]):
         raise AssertionError("not reached")
     assert structure(model) == before
+
+
+def test_fused_gives_a_chain_its_kernel_back_as_it_was_not_as_the_members_are_now() -> None:
+    class Prepared(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x) if self.prepared == "prepared" else x
+
+    vars(Prepared)["forward"].prepare = lambda norm, mlp: "prepared"
+    model, x = Model(1), torch.randn(2, 8)
+    with mapped(Kernel=Prepared):
+        fuse_modules(model, PATHS, kernel="Kernel")
+        before, expected = structure(model), model(x)
+        weight = model.layers[0].mlp.up_proj
+        parametrize.register_parametrization(weight, "weight", nn.Identity())
+        with fused(model, PATHS, kernel="Kernel") as inside:
+            assert "parametrization" in (inside.groups[0].reason or "")
+            assert torch.equal(model(x), expected)
+        parametrize.remove_parametrizations(weight, "weight")
+    assert (
+        structure(model).modules["layers.0.mlp.fused_kernel"]
+        == (before.modules["layers.0.mlp.fused_kernel"])
+    )
+    ran = report(model).groups[0].kernel_calls
+    assert torch.equal(model(x), expected)
+    assert report(model).groups[0].kernel_calls == ran + 1
 
 
 def test_fused_leaves_what_was_fused_before_and_takes_an_unfuse_inside() -> None:
