@@ -29,21 +29,19 @@ from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
 
-_IMMUTABLE = frozenset(
-    {
-        type(None),
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        torch.dtype,
-        torch.device,
-        torch.layout,
-        torch.memory_format,
-        torch.Size,
-    }
+_IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
 )
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 
