@@ -241,7 +241,7 @@ def test_over_many_draws_the_errors_in_float32_are_no_larger(
 
 
 @given(case=cases())
-@several(15 if INTERPRETED else 100)
+@several(15 if INTERPRETED or torch.cuda.is_available() else 100)  # A shape, a compilation.
 def test_token_major_output_gives_contiguous_tokens(device: str, case: dict[str, Any]) -> None:
     proj, x, grad = tensors_of({**case, "dtype": torch.float32}, device)
     with pytest.MonkeyPatch.context() as patched:

@@ -279,6 +279,29 @@ def test_members_of_one_structure_are_probed_once(monkeypatch: pytest.MonkeyPatc
             prepare(norm, mlp)
 
 
+def test_the_epsilon_is_the_attribute_that_counts_not_one_of_the_same_value() -> None:
+    class Decoys(llama.LlamaRMSNorm):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.a_decoy = 1e-5
+            llama.LlamaRMSNorm.__init__(self, H, 1e-5)
+            self.z_decoy = 1e-5
+
+    assert prepare(Decoys(), mlp_of(H, I)).eps == "variance_epsilon"
+
+
+def test_a_class_whose_forward_was_replaced_is_probed_again() -> None:
+    class Norm(llama.LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states)
+
+    norm, mlp = Norm(H), mlp_of(H, I)
+    prepare(norm, mlp)
+    Norm.forward = lambda self, x: F.layer_norm(x, (H,), self.weight)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="something else than an RMSNorm"):
+        prepare(norm, mlp)
+
+
 def test_probing_leaves_members_and_random_state_alone() -> None:
     recipe._RECIPES.clear()
     norm, mlp = llama.LlamaRMSNorm(H), Gated(WRONG["a dropout"])
