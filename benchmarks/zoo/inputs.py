@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,13 +13,30 @@ from torch import Tensor, nn
 
 Inputs = dict[str, Any]
 BATCH, TOKENS = 2, 6
-MOST = 16  # Combinations that are tried.
+MOST = 16  # Combinations of values that are tried.
+CHOICES = 48  # Combinations of parameters.
+# Parameters that no model needs.
+OPTIONAL = re.compile(r"labels|^past_|^output_|^return_|^use_|cache|head_mask|inputs_embeds")
 
 
 def candidates(model: nn.Module) -> Iterator[Inputs]:
     """Inputs to try, those that use most of the model first."""
     parameters = inspect.signature(type(model).forward).parameters
-    config: Any = model.config
+    config: Any = getattr(model, "config", None) or next(
+        inner.config for inner in model.modules() if hasattr(inner, "config")
+    )
+    makers = {name: maker for name in parameters if (maker := maker_of(name)) is not None}
+    known = dict.fromkeys(_choices(model, list(makers)))
+    wide = itertools.chain(known, _with_more(list(known), list(makers)))
+    for choice in itertools.islice(wide, CHOICES):
+        made = [makers[name](config) for name in choice]
+        for values in itertools.islice(itertools.product(*made), MOST):
+            yield dict(zip(choice, values, strict=True))
+
+
+def _choices(model: nn.Module, makeable: list[str]) -> list[tuple[str, ...]]:
+    """Which of the parameters to give, the most first."""
+    parameters = inspect.signature(type(model).forward).parameters
     main = str(getattr(model, "main_input_name", "input_ids"))
     required = [
         name
@@ -38,13 +56,25 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
         list(rich),
         list(names),
         [n for n in ("input_ids", "decoder_input_ids") if n in parameters],
+        required,
     ]
-    known = dict.fromkeys(tuple(n for n in choice if n in parameters) for choice in choices)
-    for choice in known:
-        if choice and all(name in MADE for name in choice):
-            made = [MADE[name](config) for name in choice]
-            for values in itertools.islice(itertools.product(*made), MOST):
-                yield dict(zip(choice, values, strict=True))
+    chosen = [tuple(n for n in choice if n in parameters) for choice in choices]
+    return [choice for choice in chosen if choice and set(choice) <= set(makeable)]
+
+
+def _with_more(known: list[tuple[str, ...]], makeable: list[str]) -> Iterator[tuple[str, ...]]:
+    """The choices with one or two more parameters; some are needed though they have a default."""
+    for count in (1, 2):
+        for choice in known:
+            rest = [name for name in makeable if name not in choice and not OPTIONAL.search(name)]
+            yield from (choice + more for more in itertools.combinations(rest, count))
+
+
+def maker_of(name: str) -> Callable[[Any], list[Any]] | None:
+    """What makes values for a parameter, by its name."""
+    if name in MADE:
+        return MADE[name]
+    return next((maker for pattern, maker in ALIKE if re.search(pattern, name)), None)
 
 
 def found(config: Any, *names: str, default: Any = None) -> Any:
@@ -80,7 +110,7 @@ def _ids(config: Any) -> list[Tensor]:
     more = [] if codebooks is None else [ids[:, :, None].repeat(1, 1, codebooks) % 16]
     if codebooks is not None:
         more.append(ids[:, None].repeat(1, codebooks, 1).flatten(0, 1) % 16)
-    return [ids, *more]
+    return [ids, *more, ids[:, None].repeat(1, 2, 1)]  # The last one is for multiple choice.
 
 
 def _sides(value: Any) -> tuple[int, ...]:
@@ -183,3 +213,22 @@ MADE: dict[str, Callable[[Any], list[Any]]] = {
     ],
     "image_sizes": lambda config: [torch.tensor([[64, 64]] * BATCH)],
 }
+# For parameters with other names; the first that fits counts.
+ALIKE: tuple[tuple[str, Callable[[Any], list[Any]]], ...] = (
+    (r"position_ids$", lambda config: [torch.arange(TOKENS).expand(BATCH, TOKENS)]),
+    (r"token_type_ids$", lambda config: [torch.zeros(BATCH, TOKENS, dtype=torch.long)]),
+    (r"(input|text|code|token)\w*_ids$|^tokens$|_tokens$", lambda config: _ids(config)[:1]),
+    (r"grid_(t?h)?w$|grid_sizes$|spatial_shapes$", _grid),
+    (r"pixel_(attention_)?mask$", lambda config: [
+        torch.ones(BATCH, *_images(config)[0].shape[-2:], dtype=torch.long)]),
+    (r"pixel|image$|^images$", _images),
+    (r"(feature|audio)\w*_mask$", lambda config: [
+        torch.ones(BATCH, max(f.shape[1:]), dtype=torch.long) for f in _features(config)[:2]]),
+    (r"_mask$", _ones(BATCH, TOKENS)),
+    (r"len(gth)?s$", lambda config: [
+        torch.tensor([f.shape[-1]] * BATCH) for f in _features(config)[:1]]),
+    (r"audio|wave", _waves),
+    (r"features$|spectrogram|mel$", _features),
+    (r"state$|states$|embeds?$|embeddings?$|^x$|query", _states),
+    (r"_id$|_ids$|_index$|timestep", lambda config: [torch.zeros(BATCH, dtype=torch.long)]),
+)  # fmt: skip
