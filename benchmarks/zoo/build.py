@@ -7,6 +7,8 @@ of it is made small. Inputs are tried until the model runs.
 from __future__ import annotations
 
 import random
+import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +19,16 @@ from transformers.utils import logging
 
 from .classes import classes_of, named
 from .configs import LADDER, small_configs
-from .inputs import Inputs, candidates
+from .inputs import Inputs, candidates, fuller
 from .parts import around, called_inside
 
 logging.set_verbosity_error()
 
 LARGEST = 32_000_000  # Parameters of a model that is still called tiny.
+SECONDS = 30  # Of processor time, after which nothing more is tried.
 LARGER = 100_000_000  # Of one that is taken where no smaller one runs.
+# What is said where an input is missing.
+MISSING = re.compile(r"None|missing|specify|required|provide|passed")
 
 
 class Built(NamedTuple):
@@ -44,24 +49,31 @@ class Unbuildable(Exception):
         self.failures = failures
 
 
-def build(model_type: str, class_name: str | None = None, shrunk: str | None = None) -> Built:
+def build(
+    model_type: str,
+    class_name: str | None = None,
+    shrunk: str | None = None,
+    seconds: float = SECONDS,
+) -> Built:
     """A tiny model of an architecture in eval mode, its norms not ones, its biases not zeros.
 
     Args:
         model_type: of transformers.
         class_name: one of its classes; the one with most of the model if None.
         shrunk: what is made small, of `configs.LADDER`; if None, the most that runs.
+        seconds: of processor time, after which nothing more is tried.
 
     Raises:
         Unbuildable: nothing that was tried could be built and run.
     """
     failures: list[str] = []
+    deadline = time.process_time() + seconds
     names = [class_name] if class_name else classes_of(model_type)[:4]
     rungs = LADDER if shrunk is None else (shrunk,)
-    for found in _tried(model_type, names, failures, rungs):
+    for found in _tried(model_type, names, failures, deadline, rungs):
         return found
-    for outer in () if class_name else around(model_type):
-        for whole in _tried(outer, classes_of(outer)[:2], []):
+    for outer in () if class_name else around(model_type)[:3]:
+        for whole in _tried(outer, classes_of(outer)[:2], [], deadline):
             for part, inputs in called_inside(whole.model, model_type, lambda w=whole: run(*w[:2])):
                 try:
                     run(part, inputs)
@@ -73,7 +85,11 @@ def build(model_type: str, class_name: str | None = None, shrunk: str | None = N
 
 
 def _tried(
-    model_type: str, names: list[str], failures: list[str], rungs: Sequence[str] = LADDER
+    model_type: str,
+    names: list[str],
+    failures: list[str],
+    deadline: float,
+    rungs: Sequence[str] = LADDER,
 ) -> Iterator[Built]:
     """What can be built of these classes, small models first; the failures are added to a list."""
     large: list[tuple[int, Any, str, Any]] = []
@@ -83,6 +99,9 @@ def _tried(
             failures.append(f"transformers has no {name}")
             continue
         for shrunk, config in small_configs(model_type, rungs, failures):
+            if time.process_time() > deadline:
+                failures.append("not all was tried: time")
+                return
             try:
                 size = _size(cls, config)
                 if size > LARGEST:
@@ -92,26 +111,31 @@ def _tried(
             except Exception as error:
                 failures.append(said("build", error))
                 continue
-            yield from _running(model, shrunk, failures)
+            yield from _running(model, config, shrunk, failures)
     for size, cls, shrunk, config in sorted(large, key=lambda item: item[0]):
-        if size > LARGER:
+        if size > LARGER or time.process_time() > deadline:
             break
         try:
             model = _model(cls, config)
         except Exception as error:
             failures.append(said("build", error))
             continue
-        yield from _running(model, shrunk, failures)
+        yield from _running(model, config, shrunk, failures)
 
 
-def _running(model: nn.Module, shrunk: str, failures: list[str]) -> Iterator[Built]:
-    for inputs in candidates(model):
-        try:
-            run(model, inputs)
-        except Exception as error:
-            failures.append(said("run", error))
-        else:
-            yield Built(model, inputs, shrunk)
+def _running(model: nn.Module, config: Any, shrunk: str, failures: list[str]) -> Iterator[Built]:
+    errors: list[str] = []
+    for ways in (candidates, fuller):
+        for inputs in ways(model, config):
+            try:
+                run(model, inputs)
+            except Exception as error:
+                errors.append(said("run", error))
+            else:
+                yield Built(model, inputs, shrunk)
+        if not any(map(MISSING.search, errors)):
+            break
+    failures += errors
 
 
 def seed() -> None:

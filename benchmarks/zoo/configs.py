@@ -44,6 +44,7 @@ KEPT = re.compile(
     r"heads?$|n_head|kv_heads|layers?$|depth$|vocab|token|_id$|_index|_idx|image_size|patch|kernel|"
     r"position|num_|max_|sampl|rate|theta|window|stride|length|n_fft|hop|bins"
 )
+LAYER_KINDS = ("layer_types", "layers_block_type")
 TOKEN = re.compile(r"(token_id|token_index|_id|_index|_idx)$")
 
 
@@ -60,13 +61,14 @@ def small_configs(
             failures.append(f"config ({shrunk}): {type(error).__name__}: {lines[:200]}")
 
 
-def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
+def small(cls: Any, shrunk: str, fixed: dict[str, Any], given: Any = None) -> Any:
     """A config of this class, made small.
 
     Args:
         cls: a config class of transformers.
         shrunk: `"all"`, or what is left large.
         fixed: values that are known to be needed, of sub-configs as dicts.
+        given: the config of this class that the config around it has, if there is one.
     """
     if shrunk == "nothing":
         return cls(**fixed)
@@ -74,14 +76,14 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
         default = cls()
     except Exception:
         default = None
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = _choices_of(cls, default, given)
     sub_configs = dict.fromkeys([*getattr(cls, "sub_configs", {}), *_configs_in(default)])
     for field in dataclasses.fields(cls):
         name = field.name
         if name in sub_configs or name in fixed:
             continue
         value = _default_of(field)
-        if value is None and name == "layer_types" and default is not None:
+        if value is None and name in LAYER_KINDS and default is not None:
             value = _get(default, name)
         smaller = _smaller(name, value, shrunk)
         if smaller != value:
@@ -90,10 +92,20 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:
         inner = _get(default, name)
         known = fixed.get(name, {})
         if isinstance(inner, PreTrainedConfig) and isinstance(known, dict):
-            values[name] = small(type(inner), shrunk, known)
+            values[name] = small(type(inner), shrunk, known, inner)
     _agree(cls, values, default, shrunk)
     values.update({k: v for k, v in fixed.items() if k not in sub_configs})
     return cls(**values)
+
+
+def _choices_of(cls: Any, default: Any, given: Any) -> dict[str, Any]:
+    """What is not a size, and that the config around has chosen otherwise."""
+    chosen = {}
+    for field in dataclasses.fields(cls):
+        value = _get(given, field.name)
+        if isinstance(value, (str, bool)) and value != _get(default, field.name):
+            chosen[field.name] = value
+    return chosen
 
 
 def _configs_in(config: Any) -> list[str]:
@@ -112,7 +124,7 @@ def _get(config: Any, name: str) -> Any:
 
 def _agree(cls: Any, values: dict[str, Any], default: Any, shrunk: str) -> None:
     """Numbers that depend on each other."""
-    kinds = values.get("layer_types")
+    kinds = next(filter(None, map(values.get, LAYER_KINDS)), None)
     for name in ("num_hidden_layers", "num_layers", "n_layer"):
         if kinds and name in values:
             values[name] = len(kinds)
@@ -120,7 +132,9 @@ def _agree(cls: Any, values: dict[str, Any], default: Any, shrunk: str) -> None:
     ungrouped = heads is not None and _get(default, "num_key_value_heads") == heads
     if ungrouped and shrunk in ("all", "but images"):
         values["num_key_value_heads"] = 4
-    if shrunk == "all" and "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
+    has_sections = "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ())
+    rope = _get(default, "rope_parameters") or {}
+    if shrunk == "all" and has_sections and not any(isinstance(v, dict) for v in rope.values()):
         values["rope_parameters"] = {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1],
         }  # fmt: skip
@@ -152,7 +166,7 @@ def _smaller(name: str, value: Any, shrunk: str) -> Any:
     if shrunk == "an eighth":
         value = _eighth(name, value)
     if isinstance(value, (list, tuple)) and value and shrunk in ("all", "but images"):
-        if name == "layer_types":
+        if name in LAYER_KINDS:
             kinds = list(dict.fromkeys(value))
             return kinds * 2 if len(kinds) == 1 else kinds
         return _smaller_list(name, value)

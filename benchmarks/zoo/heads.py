@@ -9,6 +9,7 @@ from .build import Built, Unbuildable, build
 from .check import check_pairs, expectation, pairs_of
 from .classes import all_classes_of
 
+SECONDS = 5  # Of processor time to build one class.
 NOT_REACHED = "not reached: time"
 
 
@@ -32,7 +33,7 @@ def check_others(
             continue
         row: dict[str, Any] = {"class": name}
         try:
-            row.update(_checked(build(architecture, name, first.shrunk), seen, deadline))
+            row.update(_checked(build(architecture, name, first.shrunk, SECONDS), seen, deadline))
             for fault in row["faults"]:
                 fault["what"] = f"{name}: {fault['what']}"
         except Unbuildable as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,21 +14,33 @@ from torch import Tensor, nn
 Inputs = dict[str, Any]
 BATCH, TOKENS = 2, 6
 MOST = 16  # Combinations of values that are tried.
-CHOICES = 48  # Combinations of parameters.
+CHOICES = 24  # Combinations of parameters.
 # Parameters that no model needs.
 OPTIONAL = re.compile(r"labels|^past_|^output_|^return_|^use_|cache|head_mask|inputs_embeds")
 
 
-def candidates(model: nn.Module) -> Iterator[Inputs]:
+def candidates(model: nn.Module, config: Any) -> Iterator[Inputs]:
     """Inputs to try, those that use most of the model first."""
+    makers = _makers(model)
+    yield from _made(makers, _choices(model, list(makers)), config)
+
+
+def fuller(model: nn.Module, config: Any) -> Iterator[Inputs]:
+    """The same with parameters beside them, for a model that says something is missing."""
+    makers = _makers(model)
+    choices = _with_more(_choices(model, list(makers)), list(makers))
+    yield from _made(makers, itertools.islice(choices, CHOICES), config)
+
+
+def _makers(model: nn.Module) -> dict[str, Callable[[Any], list[Any]]]:
     parameters = inspect.signature(type(model).forward).parameters
-    config: Any = getattr(model, "config", None) or next(
-        inner.config for inner in model.modules() if hasattr(inner, "config")
-    )
-    makers = {name: maker for name in parameters if (maker := maker_of(name)) is not None}
-    known = dict.fromkeys(_choices(model, list(makers)))
-    wide = itertools.chain(known, _with_more(list(known), list(makers)))
-    for choice in itertools.islice(wide, CHOICES):
+    return {name: maker for name in parameters if (maker := maker_of(name)) is not None}
+
+
+def _made(
+    makers: dict[str, Callable[[Any], list[Any]]], choices: Iterable[tuple[str, ...]], config: Any
+) -> Iterator[Inputs]:
+    for choice in dict.fromkeys(choices):
         made = [makers[name](config) for name in choice]
         for values in itertools.islice(itertools.product(*made), MOST):
             yield dict(zip(choice, values, strict=True))
