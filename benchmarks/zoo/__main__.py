@@ -30,11 +30,12 @@ def main() -> None:
     parser.add_argument("--only", metavar="PATTERN", help="model types that match, as in a shell")
     parser.add_argument("--subset", choices=["ci"], help="the architectures of the tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
-    parser.add_argument("--limit-seconds", type=float, default=60, help="processor time for each")
+    parser.add_argument("--limit-seconds", type=float, default=90, help="processor time for each")
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="lines of JSON")
     parser.add_argument("--again", action="store_true", help="also those that are done")
     parser.add_argument("--retry", action="store_true", help="also those that were not checked")
-    parser.add_argument("--table", action="store_true", help="write results/zoo.md and zoo.json")
+    parser.add_argument("--table", action="store_true", help="write results/NAME.md and NAME.json")
+    parser.add_argument("--name", default="zoo", help="of the table: zoo, zoo-torch-2.6")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -44,7 +45,7 @@ def main() -> None:
         return
     from tqdm import tqdm
 
-    from zoo.build import architectures
+    from zoo.classes import architectures
     from zoo.subset import SUBSET
     from zoo.sweep import read, sweep
 
@@ -69,7 +70,7 @@ def main() -> None:
     if options.table:
         from zoo import table
 
-        table.write(read(options.results), RESULTS)
+        table.write(read(options.results), RESULTS, options.name)
 
 
 if __name__ == "__main__":

@@ -68,16 +68,24 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def pairs_of(built: Built) -> list[tuple[Pair, bool]]:
+def pairs_of(built: Built, seen: set[Any] | None = None) -> list[tuple[Pair, bool]]:
     """Every pair to fuse, blocks that are alike as one, and whether it is called in that order.
 
     Pairs that lie in some of the blocks only are named without wildcards.
+
+    Args:
+        built: the model.
+        seen: pairs of other models, by `kind_of_pair`; they are left out, and new ones are added.
     """
     called = called_pairs(built)
     pairs = dict.fromkeys(called, True)
     for pair in norm_and_mlp_pairs(built.model):
         pairs.setdefault(pair, False)
     modules = dict(built.model.named_modules())
+    if seen is not None:
+        kinds = {pair: kind_of_pair(modules, pair) for pair in pairs}
+        pairs = {pair: follows for pair, follows in pairs.items() if kinds[pair] not in seen}
+        seen.update(kinds.values())
     known: dict[Any, tuple[Pair, bool]] = {}
     folds: dict[Pair, set[Any]] = {}
     for pair, follows in pairs.items():
@@ -90,6 +98,17 @@ def pairs_of(built: Built) -> list[tuple[Pair, bool]]:
         (fold if len(folds[fold]) == 1 and _is_everywhere(modules, fold) else pair, follows)
         for (fold, _), (pair, follows) in known.items()
     ]
+
+
+def kind_of_pair(modules: dict[str, nn.Module], pair: Pair) -> Any:
+    """The class around both members, what they are called in it, and their classes."""
+    first, second = (path.split(".") for path in pair)
+    shared = 0
+    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
+        shared += 1
+    parent = modules[".".join(first[:shared])]
+    names = (".".join(first[shared:]), ".".join(second[shared:]))
+    return (type(parent), *names, *(type(modules[path]) for path in pair))
 
 
 def _is_everywhere(modules: dict[str, nn.Module], pair: Pair) -> bool:
@@ -330,10 +349,13 @@ def unfused_copy(built: Built) -> Iterator[Built]:
     yield Built(model, wide, built.shrunk)
 
 
-def check(built: Built, expected: Expected, deadline: float) -> dict[str, Any]:
+def check(
+    built: Built, expected: Expected, deadline: float, seen: set[Any] | None = None
+) -> dict[str, Any]:
     """Everything for one model, as plain data; faults are in it, not raised.
 
-    No pair is begun once the process has used `deadline` seconds of processor time.
+    No pair is begun once the process has used `deadline` seconds of processor time. Pairs in
+    `seen` are left out, and the others are added to it.
     """
     result: dict[str, Any] = {"faults": [], "no_gradients": expected.why_no_gradients}
     try:
@@ -341,18 +363,29 @@ def check(built: Built, expected: Expected, deadline: float) -> dict[str, Any]:
     except Fault as fault:
         result["faults"].append({"what": "fuse", "fault": str(fault)})
         result["groups"] = []
-    pairs = pairs_of(built)
-    result["pairs"], result["of_pairs"] = [], len(pairs)
+    result.update(check_pairs(built, expected, pairs_of(built, seen), deadline, result["faults"]))
+    return result
+
+
+def check_pairs(
+    built: Built,
+    expected: Expected,
+    pairs: list[tuple[Pair, bool]],
+    deadline: float,
+    faults: list[dict[str, str]],
+) -> dict[str, Any]:
+    """What becomes of each pair; faults are added to the list."""
+    rows: list[dict[str, Any]] = []
     for pair, follows in pairs:
         if time.process_time() > deadline:
             break
-        row = {"pair": list(pair), "follows": follows}
+        row: dict[str, Any] = {"pair": list(pair), "follows": follows}
         try:
             row.update(check_pair(built, expected, pair))
         except Fault as fault:
             row["outcome"] = "fault"
-            result["faults"].append({"what": " -> ".join(pair), "fault": str(fault)})
-        result["pairs"].append(row)
+            faults.append({"what": " -> ".join(pair), "fault": str(fault)})
+        rows.append(row)
     if not same_bits(flat(run(built.model, built.inputs)), expected.outputs):
-        result["faults"].append({"what": "model", "fault": "outputs differ after all was undone"})
-    return result
+        faults.append({"what": "model", "fault": "outputs differ after all was undone"})
+    return {"pairs": rows, "of_pairs": len(pairs)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,13 +13,42 @@ from torch import Tensor, nn
 
 Inputs = dict[str, Any]
 BATCH, TOKENS = 2, 6
-MOST = 16  # Combinations that are tried.
+MOST = 16  # Combinations of values that are tried.
+CHOICES = 24  # Combinations of parameters.
+# Parameters that no model needs.
+OPTIONAL = re.compile(r"labels|^past_|^output_|^return_|^use_|cache|head_mask|inputs_embeds")
 
 
-def candidates(model: nn.Module) -> Iterator[Inputs]:
+def candidates(model: nn.Module, config: Any) -> Iterator[Inputs]:
     """Inputs to try, those that use most of the model first."""
+    makers = _makers(model)
+    yield from _made(makers, _choices(model, list(makers)), config)
+
+
+def fuller(model: nn.Module, config: Any) -> Iterator[Inputs]:
+    """The same with parameters beside them, for a model that says something is missing."""
+    makers = _makers(model)
+    choices = _with_more(_choices(model, list(makers)), list(makers))
+    yield from _made(makers, itertools.islice(choices, CHOICES), config)
+
+
+def _makers(model: nn.Module) -> dict[str, Callable[[Any], list[Any]]]:
     parameters = inspect.signature(type(model).forward).parameters
-    config: Any = model.config
+    return {name: maker for name in parameters if (maker := maker_of(name)) is not None}
+
+
+def _made(
+    makers: dict[str, Callable[[Any], list[Any]]], choices: Iterable[tuple[str, ...]], config: Any
+) -> Iterator[Inputs]:
+    for choice in dict.fromkeys(choices):
+        made = [makers[name](config) for name in choice]
+        for values in itertools.islice(itertools.product(*made), MOST):
+            yield dict(zip(choice, values, strict=True))
+
+
+def _choices(model: nn.Module, makeable: list[str]) -> list[tuple[str, ...]]:
+    """Which of the parameters to give, the most first."""
+    parameters = inspect.signature(type(model).forward).parameters
     main = str(getattr(model, "main_input_name", "input_ids"))
     required = [
         name
@@ -38,13 +68,25 @@ def candidates(model: nn.Module) -> Iterator[Inputs]:
         list(rich),
         list(names),
         [n for n in ("input_ids", "decoder_input_ids") if n in parameters],
+        required,
     ]
-    known = dict.fromkeys(tuple(n for n in choice if n in parameters) for choice in choices)
-    for choice in known:
-        if choice and all(name in MADE for name in choice):
-            made = [MADE[name](config) for name in choice]
-            for values in itertools.islice(itertools.product(*made), MOST):
-                yield dict(zip(choice, values, strict=True))
+    chosen = [tuple(n for n in choice if n in parameters) for choice in choices]
+    return [choice for choice in chosen if choice and set(choice) <= set(makeable)]
+
+
+def _with_more(known: list[tuple[str, ...]], makeable: list[str]) -> Iterator[tuple[str, ...]]:
+    """The choices with one or two more parameters; some are needed though they have a default."""
+    for count in (1, 2):
+        for choice in known:
+            rest = [name for name in makeable if name not in choice and not OPTIONAL.search(name)]
+            yield from (choice + more for more in itertools.combinations(rest, count))
+
+
+def maker_of(name: str) -> Callable[[Any], list[Any]] | None:
+    """What makes values for a parameter, by its name."""
+    if name in MADE:
+        return MADE[name]
+    return next((maker for pattern, maker in ALIKE if re.search(pattern, name)), None)
 
 
 def found(config: Any, *names: str, default: Any = None) -> Any:
@@ -80,7 +122,7 @@ def _ids(config: Any) -> list[Tensor]:
     more = [] if codebooks is None else [ids[:, :, None].repeat(1, 1, codebooks) % 16]
     if codebooks is not None:
         more.append(ids[:, None].repeat(1, codebooks, 1).flatten(0, 1) % 16)
-    return [ids, *more]
+    return [ids, *more, ids[:, None].repeat(1, 2, 1)]  # The last one is for multiple choice.
 
 
 def _sides(value: Any) -> tuple[int, ...]:
@@ -183,3 +225,22 @@ MADE: dict[str, Callable[[Any], list[Any]]] = {
     ],
     "image_sizes": lambda config: [torch.tensor([[64, 64]] * BATCH)],
 }
+# For parameters with other names; the first that fits counts.
+ALIKE: tuple[tuple[str, Callable[[Any], list[Any]]], ...] = (
+    (r"position_ids$", lambda config: [torch.arange(TOKENS).expand(BATCH, TOKENS)]),
+    (r"token_type_ids$", lambda config: [torch.zeros(BATCH, TOKENS, dtype=torch.long)]),
+    (r"(input|text|code|token)\w*_ids$|^tokens$|_tokens$", lambda config: _ids(config)[:1]),
+    (r"grid_(t?h)?w$|grid_sizes$|spatial_shapes$", _grid),
+    (r"pixel_(attention_)?mask$", lambda config: [
+        torch.ones(BATCH, *_images(config)[0].shape[-2:], dtype=torch.long)]),
+    (r"pixel|image$|^images$", _images),
+    (r"(feature|audio)\w*_mask$", lambda config: [
+        torch.ones(BATCH, max(f.shape[1:]), dtype=torch.long) for f in _features(config)[:2]]),
+    (r"_mask$", _ones(BATCH, TOKENS)),
+    (r"len(gth)?s$", lambda config: [
+        torch.tensor([f.shape[-1]] * BATCH) for f in _features(config)[:1]]),
+    (r"audio|wave", _waves),
+    (r"features$|spectrogram|mel$", _features),
+    (r"state$|states$|embeds?$|embeddings?$|^x$|query", _states),
+    (r"_id$|_ids$|_index$|timestep", lambda config: [torch.zeros(BATCH, dtype=torch.long)]),
+)  # fmt: skip

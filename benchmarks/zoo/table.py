@@ -13,23 +13,24 @@ from typing import Any
 import transformers
 from common import machine
 
-from .build import architectures
+from .classes import architectures
 from .discover import share
+from .heads import NOT_REACHED
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
 Row = dict[str, Any]
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """Write `zoo.md` and `zoo.json`."""
+def write(rows: Sequence[Row], folder: Path, name: str = "zoo") -> None:
+    """Write `NAME.md` and `NAME.json`."""
     reached = {row["architecture"] for row in rows}
     missing: Row = {"status": "not reached", "error": "the sweep was ended before"}
     rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
-    (folder / "zoo.md").write_text(_markdown(rows))
+    (folder / f"{name}.md").write_text(_markdown(rows, name))
     lines = ",\n".join(json.dumps(_compact(row)) for row in rows)
-    (folder / "zoo.json").write_text(f"[\n{lines}\n]\n")
+    (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n")
 
 
 def missed(row: Row, family: str) -> list[tuple[str, str]]:
@@ -49,15 +50,17 @@ def missed(row: Row, family: str) -> list[tuple[str, str]]:
     return reasons
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def _markdown(rows: Sequence[Row], name: str) -> str:
+    command = COMMAND if name == "zoo" else f"{COMMAND} --name {name}"
     checked = [row for row in rows if row["status"] == "checked"]
     rest = [row for row in rows if row["status"] != "checked"]
     parts = [
         "# Every architecture of transformers\n",
-        f"`{COMMAND}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
+        f"`{command}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
         f"{machine()}.\n",
         "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
-        "type, with one model class. A pair is two modules called one after the other by the same "
+        "type: one model class whole, and of its other classes the pairs that no class of the type "
+        "before them had. A pair is two modules called one after the other by the same "
         "module, or a norm-like and an MLP-like child of one parent in either order; blocks that "
         "are alike count once. Each is fused by path without a kernel and with a kernel that runs "
         "the members, and outputs and gradients are compared with the unfused model's to the bit; "
@@ -86,29 +89,38 @@ def _markdown(rows: Sequence[Row]) -> str:
     parts += [
         "\n## By architecture\n",
         _table(
-            ("architecture", "class", "pairs: kernel, members, refused", *FAMILIES, "generate",
-             "compiled", "faults"),
+            ("architecture", "class", "classes", "pairs: kernel, members, refused", *FAMILIES,
+             "generate", "compiled", "faults"),
             [_cells(row) for row in checked],
         ),
         "\n## Not built, not run, or not the same twice without fusing\n",
         _table(
-            ("architecture", "status", "error"),
-            [(r["architecture"], r["status"], r.get("error", "")) for r in rest],
+            ("architecture", "status", "why", "error"),
+            [(r["architecture"], r["status"], r.get("why", ""), r.get("error", "")) for r in rest],
         ),
     ]  # fmt: skip
     return "\n".join(parts)
 
 
 def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]]:
-    pairs = [pair for row in checked for pair in row["pairs"]]
+    others = [other for row in checked for other in row.get("others", ())]
+    reached = [other for other in others if "error" not in other]
+    late = sum(other.get("error") == NOT_REACHED for other in others)
+    pairs = _pairs_of(checked)
+    of_pairs = sum(row["of_pairs"] for row in [*checked, *reached])
     outcomes = Counter(pair["outcome"] for pair in pairs)
     groups = [group for row in checked for group in row["groups"]]
     ran = Counter((g["family"], g["outcome"]) for g in groups)
     totals = [
         ("architectures", len(rows)),
         *Counter(row["status"] for row in rows).most_common(),
-        ("model classes checked", len({row["class"] for row in checked})),
-        ("pairs fused by path", f"{len(pairs)} of {sum(row['of_pairs'] for row in checked)}"),
+        ("built and run", share(len(rows) - sum(map(_is_missing, rows)), len(rows))),
+        ("model classes checked", len(checked) + len(reached)),
+        ("other model classes with pairs of their own", sum(o["of_pairs"] > 0 for o in reached)),
+        ("model classes that were not built", len(others) - len(reached) - late),
+        ("model classes not reached: time", late),
+        ("pairs fused by path", f"{len(pairs)} of {of_pairs}"),
+        ("pairs not reached: time", of_pairs - len(pairs)),
         *((f"pairs: {name}", count) for name, count in outcomes.most_common()),
         ("pairs with gradients summed in another order", sum("gradients" in p for p in pairs)),
         ("architectures without gradients", sum(bool(r["no_gradients"]) for r in checked)),
@@ -131,24 +143,34 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
     return totals
 
 
+def _pairs_of(rows: Sequence[Row]) -> list[Row]:
+    """The pairs of all model classes."""
+    return [
+        p for row in rows for part in (row, *row.get("others", ())) for p in part.get("pairs", ())
+    ]
+
+
+def _is_missing(row: Row) -> bool:
+    return row["status"] in ("unbuildable", "not reached", "crashed")
+
+
 def _reasons(rows: Sequence[Row], outcomes: Sequence[str]) -> str:
     counts = Counter(
-        str(pair.get("reason"))
-        for row in rows
-        for pair in row["pairs"]
-        if pair["outcome"] in outcomes
+        str(pair.get("reason")) for pair in _pairs_of(rows) if pair["outcome"] in outcomes
     )
     return _table(("pairs", "reason"), [(n, why) for why, n in counts.most_common()])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    outcomes = Counter(pair["outcome"] for pair in row["pairs"])
+    parts = [row, *(o for o in row.get("others", ()) if "error" not in o)]
+    outcomes = Counter(pair["outcome"] for pair in _pairs_of([row]))
     refused = outcomes["refused"] + outcomes["refused at the call"]
-    left = row["of_pairs"] - len(row["pairs"])
+    left = sum(part["of_pairs"] - len(part["pairs"]) for part in parts)
     pairs = f"{outcomes['kernel']}, {outcomes['members']}, {refused}"
     return (
         row["architecture"],
         row["class"],
+        f"{len(parts)} of {1 + len(row.get('others', ()))}",
         pairs + (f" ({left} not tried: time)" if left else ""),
         *(_family(row, family) for family in FAMILIES),
         row.get("generate") or "",
@@ -165,9 +187,15 @@ def _family(row: Row, family: str) -> str:
 def _compact(row: Row) -> Row:
     kept = {name: value for name, value in row.items() if name not in ("pairs", "memory")}
     if "pairs" in row:
-        counts = Counter((p["outcome"], p.get("reason")) for p in row["pairs"])
-        kept["pairs"] = [[n, outcome, reason] for (outcome, reason), n in counts.items()]
+        kept["pairs"] = _counts(row["pairs"])
+    if "others" in row:
+        kept["others"] = {o["class"]: o.get("error") or _counts(o["pairs"]) for o in row["others"]}
     return kept
+
+
+def _counts(pairs: Sequence[Row]) -> list[Any]:
+    counts = Counter((p["outcome"], p.get("reason")) for p in pairs)
+    return [[n, outcome, reason] for (outcome, reason), n in counts.items()]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

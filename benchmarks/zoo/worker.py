@@ -14,6 +14,9 @@ import torch
 
 from . import build, discover, extras
 from .check import Fault, check, expectation
+from .classes import classes_of
+from .heads import check_others
+from .reasons import why
 
 MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
 COMPILED = 8  # One architecture in so many is compiled too.
@@ -24,20 +27,23 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
     start = time.process_time()
     result: dict[str, Any] = {"architecture": architecture}
     try:
-        if not build.classes_of(architecture):
-            return {**result, "status": "unbuildable", "error": "transformers has no model class"}
+        if not classes_of(architecture):
+            return {**result, "status": "unbuildable", "error": "no class", "why": why([])}
         built = build.build(architecture)
         result["class"] = type(built.model).__name__
         result["shrunk"] = built.shrunk
+        if built.part_of is not None:
+            result["part_of"] = built.part_of
         result["parameters"] = sum(p.numel() for p in built.model.parameters())
         result["inputs"] = list(built.inputs)
     except build.Unbuildable as error:
-        return {**result, "status": "unbuildable", "error": str(error)}
+        return {**result, "status": "unbuildable", "error": str(error), "why": why(error.failures)}
     except Exception as error:
         return {**result, "status": "unbuildable", "error": f"{type(error).__name__}: {error}"}
     try:
         expected = expectation(built)
-        result.update(check(built, expected, start + seconds))
+        seen: set[Any] = set()
+        result.update(check(built, expected, start + seconds, seen))
     except ValueError as error:
         return {**result, "status": "not comparable", "error": str(error)}
     result["norms_before_mlps"] = discover.norms_before_mlps(built)
@@ -49,6 +55,9 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
             result[name] = checked(built, expected, _pair_on_kernel(result))
         except Fault as fault:
             result["faults"].append({"what": name, "fault": str(fault)})
+    if built.part_of is None:
+        result["others"] = check_others(architecture, built, seen, start + seconds)
+        result["faults"] += [fault for row in result["others"] for fault in row.pop("faults", ())]
     result["status"] = "checked"
     result["seconds"] = round(time.process_time() - start, 1)
     return result

@@ -1,0 +1,53 @@
+"""The other model classes of an architecture: only the pairs that no class before them had."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .build import Built, Unbuildable, build
+from .check import check_pairs, expectation, pairs_of
+from .classes import all_classes_of
+
+SECONDS = 5  # Of processor time to build one class.
+NOT_REACHED = "not reached: time"
+
+
+def check_others(
+    architecture: str, first: Built, seen: set[Any], deadline: float
+) -> list[dict[str, Any]]:
+    """A row for each model class but that of `first`.
+
+    Args:
+        architecture: a model type.
+        first: the model of it that was checked whole; the others are made as small.
+        seen: the pairs that it had, by `check.kind_of_pair`; new ones are added.
+        deadline: seconds of processor time of the process; no class is begun after it.
+    """
+    rows = []
+    for name in all_classes_of(architecture):
+        if name == type(first.model).__name__:
+            continue
+        if time.process_time() > deadline:
+            rows.append({"class": name, "error": NOT_REACHED})
+            continue
+        row: dict[str, Any] = {"class": name}
+        try:
+            row.update(_checked(build(architecture, name, first.shrunk, SECONDS), seen, deadline))
+            for fault in row["faults"]:
+                fault["what"] = f"{name}: {fault['what']}"
+        except Unbuildable as error:
+            row["error"] = error.failures[0] if error.failures else str(error)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+        rows.append(row)
+    return rows
+
+
+def _checked(built: Built, seen: set[Any], deadline: float) -> dict[str, Any]:
+    pairs = pairs_of(built, seen)
+    if not pairs:
+        return {"pairs": [], "of_pairs": 0, "faults": []}
+    faults: list[dict[str, str]] = []
+    found = check_pairs(built, expectation(built), pairs, deadline, faults)
+    return {**found, "faults": faults}
