@@ -177,6 +177,8 @@ def check_pair(built: Built, expected: Expected, pair: Pair) -> dict[str, Any]:
     except Fault:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return {"outcome": "out of memory"}
         raise Fault(f"{type(error).__name__}: {str(error)[:300]}") from error
     finally:
         _clean(model)

@@ -11,6 +11,7 @@ from .classes import all_classes_of
 
 SECONDS = 5  # Of processor time to build one class.
 NOT_REACHED = "not reached: time"
+NOT_COMPARABLE = "not comparable"
 
 
 def check_others(
@@ -45,9 +46,15 @@ def check_others(
 
 
 def _checked(built: Built, seen: set[Any], deadline: float) -> dict[str, Any]:
-    pairs = pairs_of(built, seen)
+    now_seen = set(seen)
+    pairs = pairs_of(built, now_seen)
     if not pairs:
         return {"pairs": [], "of_pairs": 0, "faults": []}
+    try:
+        expected = expectation(built)
+    except ValueError as error:
+        return {"error": f"{NOT_COMPARABLE}: {error}", "faults": []}
     faults: list[dict[str, str]] = []
-    found = check_pairs(built, expectation(built), pairs, deadline, faults)
+    found = check_pairs(built, expected, pairs, deadline, faults)
+    seen |= now_seen
     return {**found, "faults": faults}

@@ -15,7 +15,7 @@ from common import machine
 
 from .classes import architectures
 from .discover import share
-from .heads import NOT_REACHED
+from .heads import NOT_COMPARABLE, NOT_REACHED
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
@@ -106,6 +106,7 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
     others = [other for row in checked for other in row.get("others", ())]
     reached = [other for other in others if "error" not in other]
     late = sum(other.get("error") == NOT_REACHED for other in others)
+    uneven = sum(str(other.get("error")).startswith(NOT_COMPARABLE) for other in others)
     pairs = _pairs_of(checked)
     of_pairs = sum(row["of_pairs"] for row in [*checked, *reached])
     outcomes = Counter(pair["outcome"] for pair in pairs)
@@ -114,10 +115,11 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
     totals = [
         ("architectures", len(rows)),
         *Counter(row["status"] for row in rows).most_common(),
-        ("built and run", share(len(rows) - sum(map(_is_missing, rows)), len(rows))),
+        ("built and run", share(sum(map(_ran, rows)), len(rows))),
         ("model classes checked", len(checked) + len(reached)),
         ("other model classes with pairs of their own", sum(o["of_pairs"] > 0 for o in reached)),
-        ("model classes that were not built", len(others) - len(reached) - late),
+        ("model classes that were not built", len(others) - len(reached) - late - uneven),
+        ("model classes whose results differ each time", uneven),
         ("model classes not reached: time", late),
         ("pairs fused by path", f"{len(pairs)} of {of_pairs}"),
         ("pairs not reached: time", of_pairs - len(pairs)),
@@ -150,8 +152,8 @@ def _pairs_of(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _is_missing(row: Row) -> bool:
-    return row["status"] in ("unbuildable", "not reached", "crashed")
+def _ran(row: Row) -> bool:
+    return row["status"] in ("checked", "not comparable")
 
 
 def _reasons(rows: Sequence[Row], outcomes: Sequence[str]) -> str:
