@@ -15,7 +15,7 @@ from torch import nn
 from .benchmarking.candidates import ON_REQUEST, candidates_of, check_not_compiled
 from .benchmarking.progress import Progress
 from .benchmarking.report import BenchmarkReport
-from .benchmarking.runs import Run, counts_kept
+from .benchmarking.runs import Run
 from .benchmarking.timing import (
     Stopwatch,
     device_name,
@@ -25,7 +25,7 @@ from .benchmarking.timing import (
     rounds_needed,
 )
 from .benchmarking.workload import Workload
-from .comparison import nothing_left_behind
+from .comparison import counts_kept, nothing_left_behind
 from .errors import FusionError
 from .inventory import chains_in
 
@@ -65,8 +65,9 @@ def benchmark(
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
 
     The model is left as it was: classes, buffers, gradients, random state, and the counts in
-    `report(model)`. Python attributes that a module changes by itself are not put back, nor
-    CUDA's peak memory statistics. No other thread may run the model meanwhile.
+    `report(model)`. Parameters that the model writes to when it is called are not put back, nor
+    is what Python attributes hold besides tensors, random generators, lists, dicts and sets of
+    them, nor CUDA's peak memory statistics. No other thread may run the model meanwhile.
 
     Args:
         model: a model with something fused in it.
@@ -106,12 +107,13 @@ def benchmark(
         'the kernel did not run: no kernel'
     """
     names = _checked(model, compare, seconds, precision, confidence)
-    chains = [found.chain for found in chains_in(model)]
+    found = chains_in(model)
+    chains = [item.chain for item in found]
     workload = Workload(model, method, backward, args, kwargs)
     stopwatch = Stopwatch(devices_of(model, workload.tensors))
     with ExitStack() as stack:
         put_back = stack.enter_context(nothing_left_behind(model))
-        stack.enter_context(counts_kept(model))
+        stack.enter_context(counts_kept(found))
         bar = stack.enter_context(Progress(progress))
         stack.enter_context(torch.set_grad_enabled(backward))
         runs = [

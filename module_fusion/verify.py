@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .comparison import counts_kept
 from .errors import FusionError
-from .inventory import Found, chains_in, modules_in, states_of
+from .inventory import chains_in, modules_in
 from .verifying.casting import in_dtype
 from .verifying.replaced import notes_on, replaced_in
 from .verifying.report import VerificationReport
@@ -42,7 +43,9 @@ def verify(
     """Compare the fused model with the unfused one on your own inputs.
 
     Nothing is left behind: random state, buffers, gradients, call counts and your inputs are as
-    before, and there is no second copy of the model's weights. Needs room for the inputs and
+    before, and so are tensors and random generators that modules have as attributes. There is no
+    second copy of the model's weights, so a parameter that the model writes to when it is called
+    stays changed, and the report says which. Needs room for the inputs and
     outputs of all fused groups, and for one group at a time in float64.
 
     A model that draws random numbers draws the same ones in both runs. Compiled modules run in
@@ -90,7 +93,7 @@ def verify(
             "fuse(model), or fuse_modules(model, [...], kernel=...)."
         )
     results = []
-    with _calls_uncounted(found), _eagerly(gradients):
+    with counts_kept(found), _eagerly(gradients):
         for dtype in [None] if dtypes is None else dtypes:
             ask = Ask(model, method, args, kwargs, gradients, dtype)
             with in_dtype(model, found, dtype):
@@ -145,24 +148,6 @@ def _eagerly(gradients: bool) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextmanager
-def _calls_uncounted(found: Sequence[Found]) -> Iterator[None]:
-    """On leaving, the counts and reasons that `report` gives are what they were before."""
-    kept: list[tuple[Any, dict[str, Any]]] = []
-    for item in found:
-        names = ("kernel_calls", "member_calls", "reason", "returned")
-        for owner in (item.chain, *states_of(item)):
-            own = owner.__dict__
-            kept.append((owner, {name: own[name] for name in names if name in own}))
-    try:
-        yield
-    finally:
-        for owner, values in kept:
-            for name in ("reason", "returned"):
-                owner.__dict__.pop(name, None)
-            owner.__dict__.update(values)
 
 
 def _is_compiled(model: nn.Module) -> bool:
