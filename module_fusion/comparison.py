@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import FusionError
 from .inventory import Found, chains_in, modules_in, states_of, strays_in
 from .modules import KEY, ModuleState, expected_class
 from .verifying.structures import is_plain, same_bits
@@ -20,6 +22,37 @@ from .verifying.structures import is_plain, same_bits
 # What `nn.Module` itself has in every instance, or puts there when it is compiled.
 _COUNTS = ("kernel_calls", "member_calls", "reason", "returned", "holds")
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
+
+
+def check_not_ambiguous(
+    ours: Callable[..., Any], model: nn.Module, method: str, given: Mapping[str, Any]
+) -> None:
+    """Refuse a keyword that is set, and that could be for the model just as well.
+
+    Args:
+        ours: `verify` or `benchmark`.
+        model: the model.
+        method: the name of its method that is called.
+        given: the values of the options of ours.
+
+    Raises:
+        FusionError: the method has a parameter of that name too.
+    """
+    try:
+        taken = inspect.signature(getattr(model, method)).parameters
+    except (AttributeError, TypeError, ValueError):
+        return
+    defaults = inspect.signature(ours).parameters
+    for name, value in given.items():
+        default = defaults[name].default
+        is_set = value is not default and not (type(value) is type(default) and value == default)
+        if name in taken and is_set:
+            raise FusionError(
+                f"{method} of {type(model).__name__} has a parameter {name!r}, and so has "
+                f"{ours.__name__}: it is not clear which one {name}={value!r} is for. Give the "
+                f"model's by position; or give {ours.__name__} a module around the model, whose "
+                f"forward calls it and has another name for {name!r}."
+            )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ kernel is judged by itself against float64.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .comparison import counts_kept
+from .comparison import check_not_ambiguous, counts_kept
+from .context import check_not_fake
 from .errors import FusionError
 from .inventory import chains_in, modules_in
 from .verifying.casting import in_dtype
@@ -24,7 +24,6 @@ from .verifying.replaced import notes_on, replaced_in
 from .verifying.report import VerificationReport
 from .verifying.runs import Ask, compare
 
-_OWN = {"method": "forward", "gradients": False, "dtypes": None}
 _COMPILED = (
     "compiled modules ran in eager mode here: what a compiler changes is not looked at, and calls "
     "inside a compiled graph are not counted"
@@ -60,8 +59,9 @@ def verify(
             all its floating tensors. Needs room for them twice.
         dtypes: run in each of these dtypes, with floating inputs and weights cast, instead of in
             the model's own. Needs room for the weights in that dtype.
-        **kwargs: as `args`. A keyword that the method shares with `verify` has to be passed by
-            position.
+        **kwargs: as `args`. Where the method has a parameter with the name of an option, the
+            option is meant: give the model's by position, or verify a module around the model
+            whose `forward` has another name for it.
 
     Returns:
         A report, true if fusion kept its promise: where no kernel ran the same bits, and where
@@ -126,18 +126,11 @@ def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
             f"dtypes is a list of floating dtypes, such as [torch.float32, torch.bfloat16], not "
             f"{dtypes!r}."
         )
+    if not isinstance(gradients, bool):
+        raise FusionError(f"gradients is True or False, not {gradients!r}.")
     given = {"method": method, "gradients": gradients, "dtypes": dtypes}
-    try:
-        taken = inspect.signature(getattr(model, method)).parameters
-    except (TypeError, ValueError):
-        return
-    for name, value in given.items():
-        if name in taken and value != _OWN[name]:
-            raise FusionError(
-                f"{method} of {type(model).__name__} has a parameter {name!r}, and so has verify: "
-                f"it is not clear which one {name}={value!r} is for. Pass it by position, or give "
-                f"the model a method without it and name that: verify(model, ..., method=...)."
-            )
+    check_not_ambiguous(verify, model, method, given)
+    check_not_fake(model, "verify")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from module_fusion import (
     benchmark,
     fuse_modules,
     report,
+    verify,
 )
 from module_fusion.benchmarking import timing
 from module_fusion.benchmarking.candidates import candidates_of, twin
@@ -769,10 +770,22 @@ def _uncopyable(x: Tensor) -> dict[str, Any]:
         ({"compare": ["compiled"]}, "compare has 'compiled'; besides unfused and fused there are"),
         ({"compare": "fused"}, "compare has 'fused'"),
         ({"method": "generate"}, "Model has no method 'generate'"),
-        ({"confidence": 1.0}, "confidence is between 0 and 1, such as 0.95, not 1.0"),
-        ({"confidence": 95}, "confidence is between 0 and 1"),
-        ({"seconds": -1.0}, "seconds and precision are not negative: seconds=-1.0"),
-        ({"precision": math.nan}, "seconds and precision are not negative"),
+        ({"confidence": 1.0}, r"confidence is a number between 0 and 1, such as 0.95, not 1\.0"),
+        ({"confidence": 95}, "confidence is a number between 0 and 1"),
+        ({"confidence": "high"}, "confidence is a number between 0 and 1, .* not 'high'"),
+        ({"confidence": True}, "confidence is a number between 0 and 1"),
+        ({"seconds": -1.0}, r"seconds is a number that is not negative, not -1\.0"),
+        ({"seconds": "many"}, "seconds is a number that is not negative, not 'many'"),
+        ({"seconds": None}, "seconds is a number that is not negative, not None"),
+        ({"precision": math.nan}, "precision is a number that is not negative, not nan"),
+        ({"precision": [0.1]}, r"precision is a number that is not negative, not \[0\.1\]"),
+        ({"compare": 3}, "compare is a list with some of 'unfused compiled', .*, not 3"),
+        ({"compare": [3]}, "compare has 3; besides unfused and fused there are"),
+        ({"compare": [["liger"]]}, r"compare has \['liger'\]; besides"),
+        ({"compile_options": "reduce-overhead"}, "compile_options is a dict of arguments for"),
+        ({"backward": "yes"}, "backward is True or False, not 'yes'"),
+        ({"progress": 1}, "progress is True, False or None, not 1"),
+        ({"method": 3}, "method is the name of a method, such as 'generate', not 3"),
     ],
 )
 def test_options_that_are_none_are_refused(
@@ -780,6 +793,47 @@ def test_options_that_are_none_are_refused(
 ):
     with pytest.raises(FusionError, match=message):
         benchmark(fused_model, x, **{**QUICK, **options})
+
+
+class Clip(nn.Module):
+    """A model whose forward has parameters with the names of options."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor, seconds: Any = 1, dtypes: Any = None) -> Tensor:
+        self.seen = [seconds, dtypes]
+        return self.model(x)
+
+
+class Around(nn.Module):
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, x: Tensor, length: Any) -> Tensor:
+        SEEN.append(length)
+        return self.clip(x, seconds=length)
+
+
+SEEN: list[Any] = []
+
+
+def test_a_keyword_that_the_model_has_too_is_refused_with_two_ways_out(
+    fused_model: Model, x: Tensor
+):
+    clip = Clip(fused_model)
+    for seconds in (30, torch.ones(2), "long"):
+        with pytest.raises(FusionError, match="forward of Clip has a parameter 'seconds'") as told:
+            benchmark(clip, x, seconds=seconds)
+        assert "by position; or give benchmark a module around the model" in str(told.value)
+    with pytest.raises(FusionError, match="and so has verify: it is not clear which one dtypes="):
+        verify(clip, x, dtypes=[torch.float32])
+    SEEN.clear()
+    benchmark(Around(clip), x, length=30, **QUICK)
+    assert set(SEEN) == {30}
 
 
 def test_a_model_with_nothing_fused_is_refused_with_the_call_to_make(model: Model, x: Tensor):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..chain import Chain
+from ..context import check_has_values
 from ..errors import FusionError
+from ..verifying.structures import tensors_in
 from .candidates import ON_REQUEST, Candidate
 from .report import BenchmarkRow
 from .timing import Sample, Stopwatch, frames_compiled, median, median_interval
@@ -70,7 +72,9 @@ class Run:
                 self.typical = self.stopwatch.time(call, [self._from_the_start()])
                 if count >= fewest and frames_compiled() == before:
                     break
-            self.tokens = self.workload.tokens(call(self._from_the_start()))
+            output = call(self._from_the_start())
+            check_has_values(self.candidate.module, tensors_in(output), "benchmark")
+            self.tokens = self.workload.tokens(output)
             self.peak_memory_bytes = self.stopwatch.peak_memory(call, self._from_the_start())
 
     def take_sample(self, calls: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comparison import nothing_left_behind, unfused
+from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
@@ -19,7 +20,7 @@ from .differences import USED_UP, Difference, between, combined, difference, dif
 from .judging import judge
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits
+from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits, tensors_in
 from .watching import Call, equal, following, noted, watched
 
 _ITSELF = (
@@ -86,8 +87,9 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         at_first = _sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
+        check_has_values(ask.model, tensors_in([leaf.value for leaf in theirs.output]), "verify")
         left_by_theirs = _left_in(ask.model)
-        written = [name for name, value in at_first.items() if left_by_theirs[name] != value]
+        written = [name for name, value in at_first.items() if left_by_theirs.get(name, value) != value]
         again()
         ours, calls = _run(ask, watched(found))
         left_by_ours = _left_in(ask.model)
@@ -144,7 +146,7 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
             if not _same(once_more, theirs):
                 result.problems = [_ITSELF]
         at_last = _sums_of(ask.model.named_parameters())
-        changed = [name for name, value in at_first.items() if at_last[name] != value]
+        changed = [name for name, value in at_first.items() if at_last.get(name, value) != value]
         result.notes += [_CHANGED.format(name) for name in changed]
     if ask.run is not None:
         result.outputs = [d._replace(run=ask.run) for d in result.outputs]
