@@ -168,7 +168,7 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(result: Any, options: argparse.Namespace) -> None:
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+    print(json.dumps(result.to_dict(), indent=2, allow_nan=False) if options.json else result)
 
 
 if __name__ == "__main__":

@@ -91,21 +91,35 @@ def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
     Yields:
         A function that puts them back at once, for a second run from the same start.
     """
-    with ExitStack() as stack:
-        steps = [
-            random_state(),
-            *_values_in_attributes(model),
-            *_buffers(model),
-            *_attributes(model),
-            _gradients(model),
-        ]
+    with attributes_put_back(model) as attributes, ExitStack() as stack:
+        gradients = _gradients(model)
 
         def put_back() -> None:
-            for step in steps:
-                step()
+            attributes()
+            gradients()
 
-        stack.callback(put_back)
+        stack.callback(gradients)
         yield put_back
+
+
+@contextmanager
+def attributes_put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """The same but for gradients."""
+    steps = [
+        random_state(),
+        *_values_in_attributes(model),
+        *_buffers(model),
+        *_attributes(model),
+    ]
+
+    def put_back() -> None:
+        for step in steps:
+            step()
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 @contextmanager

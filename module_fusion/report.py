@@ -20,6 +20,7 @@ from .rendering.html import (
     table,
     unbroken,
 )
+from .rendering.plain import plain
 from .rendering.tables import text_table
 
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
@@ -131,9 +132,12 @@ class FusionReport:
         return page_fragment(self._summary(), [table(header, rows)] if rows else [])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every group by itself, for JSON."""
+        """Every group by itself, for JSON.
+
+        In place of a number that JSON does not have there is `"inf"`, `"-inf"` or `"nan"`.
+        """
         groups = [{**g._asdict(), "wires": [w._asdict() for w in g.wires]} for g in self.groups]
-        return {"summary": self._summary(), "groups": groups}
+        return plain({"summary": self._summary(), "groups": groups})  # type: ignore[no-any-return]
 
     def _summary(self) -> str:
         if not self.groups:

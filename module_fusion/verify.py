@@ -8,7 +8,7 @@ kernel is judged by itself against float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,7 +56,8 @@ def verify(
         method: the name of the method to call, such as `"generate"`.
         gradients: whether to compare gradients of all parameters, and of the inputs that require
             one: of the output's `loss`, or where it has none, of a fixed random combination of
-            all its floating tensors. Needs room for them twice.
+            all its floating tensors. Hooks on parameters do not run, those of modules do, and
+            nothing is added to any `.grad`. Needs room for the gradients twice.
         dtypes: run in each of these dtypes, with floating inputs and weights cast, instead of in
             the model's own. Needs room for the weights in that dtype.
         **kwargs: as `args`. Where the method has a parameter with the name of an option, the
@@ -93,7 +94,7 @@ def verify(
             "fuse(model), or fuse_modules(model, [...], kernel=...)."
         )
     results = []
-    with counts_kept(found), _eagerly(gradients):
+    with counts_kept(found), _eagerly(gradients), _without_hooks_on(model.parameters()):
         for dtype in [None] if dtypes is None else dtypes:
             ask = Ask(model, method, args, kwargs, gradients, dtype)
             with in_dtype(model, found, dtype):
@@ -131,6 +132,21 @@ def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
     given = {"method": method, "gradients": gradients, "dtypes": dtypes}
     check_not_ambiguous(verify, model, method, given)
     check_not_fake(model, "verify")
+
+
+@contextmanager
+def _without_hooks_on(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, hooks on the gradients of parameters do not run: they may log, count or send."""
+    hooks: list[dict[Any, Any]] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(own) for own in hooks]
+    try:
+        for own in hooks:
+            own.clear()
+        yield
+    finally:
+        for own, before in zip(hooks, kept, strict=True):
+            own.clear()
+            own.update(before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import needed
 from ..rendering.html import page_fragment, paragraph, table, unbroken
+from ..rendering.plain import plain
 from ..rendering.tables import markdown_table, text_table, without_empty_columns
 
 _REFERENCE = "reference"
@@ -132,12 +133,11 @@ class BenchmarkReport:
         return f"{self.summary}\n\n{markdown_table(*self.table())}\n\n{self.conditions}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dictionaries, lists, numbers and strings, ready for JSON."""
-        rows = [
-            {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
-            for row in map(asdict, self.rows)
-        ]
-        return {**asdict(self), "rows": rows}
+        """Everything as dictionaries, lists, numbers and strings, ready for JSON.
+
+        In place of a number that JSON does not have there is `"inf"`, `"-inf"` or `"nan"`.
+        """
+        return plain(asdict(self))  # type: ignore[no-any-return]
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the times with their intervals, and each ratio beside its bar.

@@ -89,7 +89,9 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
             theirs, before = _run(ask, noted(found))
         check_has_values(ask.model, tensors_in([leaf.value for leaf in theirs.output]), "verify")
         left_by_theirs = _left_in(ask.model)
-        written = [name for name, value in at_first.items() if left_by_theirs.get(name, value) != value]
+        written = [
+            name for name, value in at_first.items() if left_by_theirs.get(name, value) != value
+        ]
         again()
         ours, calls = _run(ask, watched(found))
         left_by_ours = _left_in(ask.model)
