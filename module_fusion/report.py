@@ -58,7 +58,8 @@ class GroupReport(NamedTuple):
         path: what the next plain call runs, `"kernel"` or `"members"`.
         kernel_calls: calls in which the kernel ran, compiled graphs not counted.
         member_calls: calls in which the members ran themselves, compiled graphs not counted.
-        reason: why the members ran the last time they did, or why the place was skipped.
+        reason: why the members ran the last time they did, whose cause may be gone since; why
+            they would run, or why the place was skipped.
         family: the family that found the group, None for one that was named by paths.
         accuracy: the kernel's error against float64 in units of the members', where a family
             had them compared.
@@ -198,13 +199,20 @@ def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
     first = fold[0]
-    notes = (first.reason, _accuracy(fold), *_wiring(first))
+    notes = (_reason(fold), _accuracy(fold), *_wiring(first))
     return (
         " -> ".join(first.classes),
         first.kernel or "-",
         _calls(_together(fold)),
         "; ".join(note for note in notes if note),
     )
+
+
+def _reason(fold: Sequence[GroupReport]) -> str | None:
+    """Why the members run; where a kernel may run now, the cause may be gone since."""
+    group = _together(fold)
+    is_past = group.reason is not None and group.path == "kernel" and group.member_calls > 0
+    return f"when the members ran last: {group.reason}" if is_past else group.reason
 
 
 def _accuracy(fold: Sequence[GroupReport]) -> str:

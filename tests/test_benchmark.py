@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -678,7 +679,9 @@ unfused    2 ms [1.9, 2.2]  1                     reference           5,000
 fused      1 ms [0.9, 1.1]  0.500 [0.450, 0.550]  2.00 times as fast  10,000    0.4 ms  0.8 ms  \
 3.0 MiB      kernel 40, members 2  a | b
 
-42 rounds in turn; medians [95% confidence intervals]; Device; torch 2.0"""
+42 rounds in turn; medians [95% confidence intervals]; Device; torch 2.0
+"of unfused" is the median of the ratios in each round, and so not exactly the ratio of the two \
+medians beside it"""
 
 
 def test_the_text_of_a_report_without_colours():
@@ -706,6 +709,29 @@ def test_a_report_goes_through_json_and_comes_back(fused_model: Model, x: Tensor
             for row in plain.pop("rows")
         ]
         assert BenchmarkReport(rows=tuple(rows), **plain) == found
+
+
+@pytest.mark.parametrize(
+    ("interval", "host_s", "kernel_calls", "said"),
+    [
+        ((0.7, 0.9), None, 3, ""),
+        ((0.9, 1.1), None, 3, "Nothing got faster. On a CPU that is to be expected: the kernels"),
+        ((1.1, 1.2), None, 3, "Nothing got faster. On a CPU that is to be expected: the kernels"),
+        ((1.1, 1.2), 1.0, 3, "Nothing got faster. To be expected where the fused modules are a"),
+        ((0.9, 1.1), None, 0, "Nothing got faster: no kernel ran; the table says why."),
+    ],
+)
+def test_where_nothing_got_faster_that_is_said_with_what_to_expect(
+    interval: tuple[float, float], host_s: float | None, kernel_calls: int, said: str
+):
+    row = BenchmarkRow("fused", 1.0, (1.0, 1.0), sum(interval) / 2, interval, None, host_s)
+    row = dataclasses.replace(row, kernel_calls=kernel_calls, note="why")
+    found = dataclasses.replace(FOUND, rows=(FOUND.rows[0], row))
+    assert found.expectation.startswith(said)
+    assert bool(found.expectation) is bool(said)
+    for text in (str(found), found.to_markdown(), found._repr_html_()):
+        assert ("Nothing got faster" in text) is bool(said)
+        assert "median of the ratios in each round" in text
 
 
 def test_a_row_is_found_by_its_name():
