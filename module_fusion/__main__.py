@@ -7,7 +7,6 @@ random weights.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import FusionError, __version__, benchmark, fuse, verify
-from .errors import text_of
+from .errors import needed, text_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(path: Path, dtype: str | None) -> nn.Module:
     """The model of a checkpoint, or one with random weights of a config."""
-    transformers: Any = importlib.import_module("transformers")
+    transformers = needed("transformers", "the command line", "'module-fusion[transformers]'")
     if not path.exists():
         raise FusionError(f"There is no file or folder {str(path)!r}.")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
@@ -168,7 +167,7 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(result: Any, options: argparse.Namespace) -> None:
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+    print(json.dumps(result.to_dict(), indent=2, allow_nan=False) if options.json else result)
 
 
 if __name__ == "__main__":

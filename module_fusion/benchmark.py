@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .benchmarking.candidates import ON_REQUEST, candidates_of, check_not_compiled
+from .benchmarking.candidates import candidates_of, check_not_compiled
+from .benchmarking.options import check_options, names_in
 from .benchmarking.progress import Progress
 from .benchmarking.report import BenchmarkReport
-from .benchmarking.runs import Run, counts_kept
+from .benchmarking.runs import Run
 from .benchmarking.timing import (
     Stopwatch,
     device_name,
@@ -25,7 +26,8 @@ from .benchmarking.timing import (
     rounds_needed,
 )
 from .benchmarking.workload import Workload
-from .comparison import nothing_left_behind
+from .comparison import check_not_ambiguous, counts_kept, nothing_left_behind
+from .context import check_not_fake
 from .errors import FusionError
 from .inventory import chains_in
 
@@ -65,8 +67,9 @@ def benchmark(
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
 
     The model is left as it was: classes, buffers, gradients, random state, and the counts in
-    `report(model)`. Python attributes that a module changes by itself are not put back, nor
-    CUDA's peak memory statistics. No other thread may run the model meanwhile.
+    `report(model)`. Parameters that the model writes to when it is called are not put back, nor
+    is what Python attributes hold besides tensors, random generators, lists, dicts and sets of
+    them, nor CUDA's peak memory statistics. No other thread may run the model meanwhile.
 
     Args:
         model: a model with something fused in it.
@@ -82,14 +85,16 @@ def benchmark(
         confidence: of the intervals.
         progress: a bar on stderr after a second; None for where tqdm is installed.
         **kwargs: the inputs by name. Where the model has a parameter with the name of an
-            option, give it by position.
+            option, the option is meant: give the model's by position, or benchmark a module
+            around it whose `forward` has another name for it.
 
     Returns:
         A row per candidate: median, ratio to unfused, both with intervals, tokens per second,
         host and device time, peak memory, and how often the kernels ran.
 
     Raises:
-        FusionError: nothing is fused, the model is compiled already, or an option is not one.
+        FusionError: nothing is fused, the model is compiled already or has no values, or an
+            option is none, or could be the model's.
         NotFusableError: Liger does not know the model.
         MissingPackageError: Liger, or tqdm where `progress=True`, is not installed.
 
@@ -105,18 +110,38 @@ def benchmark(
         >>> found["fused"].note
         'the kernel did not run: no kernel'
     """
-    names = _checked(model, compare, seconds, precision, confidence)
-    chains = [found.chain for found in chains_in(model)]
+    options = {
+        "method": method,
+        "backward": backward,
+        "compare": compare,
+        "compile_options": compile_options,
+        "seconds": seconds,
+        "precision": precision,
+        "confidence": confidence,
+        "progress": progress,
+    }
+    if isinstance(model, nn.Module):
+        check_not_ambiguous(benchmark, model, method, options)
+    check_options(model, options)
+    check_not_fake(model, "benchmark")
+    check_not_compiled(model)
+    found = chains_in(model)
+    if not found:
+        raise FusionError(
+            f"Nothing is fused in {type(model).__name__}, so there is nothing to compare. Call "
+            f"fuse(model), or fuse_modules(model, [...]), then benchmark(model, ...)."
+        )
+    chains = [item.chain for item in found]
     workload = Workload(model, method, backward, args, kwargs)
     stopwatch = Stopwatch(devices_of(model, workload.tensors))
     with ExitStack() as stack:
         put_back = stack.enter_context(nothing_left_behind(model))
-        stack.enter_context(counts_kept(model))
+        stack.enter_context(counts_kept(found))
         bar = stack.enter_context(Progress(progress))
         stack.enter_context(torch.set_grad_enabled(backward))
         runs = [
             Run(candidate, workload, stopwatch, chains, put_back)
-            for candidate in candidates_of(model, names, compile_options or {})
+            for candidate in candidates_of(model, names_in(compare), compile_options or {})
         ]
         for run in runs:
             with bar.during(f"warming up {run.candidate.name}"):
@@ -133,34 +158,6 @@ def benchmark(
         calls_per_sample=calls,
         confidence=confidence,
     )
-
-
-def _checked(
-    model: object, compare: str | Sequence[str], seconds: float, precision: float, confidence: float
-) -> list[str]:
-    """The names in `compare`, each once; everything else is as it has to be."""
-    if not isinstance(model, nn.Module):
-        raise FusionError(f"benchmark takes a torch.nn.Module, not {type(model).__name__}.")
-    names = list(dict.fromkeys([compare] if isinstance(compare, str) else compare))
-    unknown = [name for name in names if name not in ON_REQUEST]
-    if unknown:
-        raise FusionError(
-            f"compare has {', '.join(map(repr, unknown))}; besides unfused and fused there are "
-            f"{', '.join(map(repr, ON_REQUEST))}."
-        )
-    if not 0 < confidence < 1:
-        raise FusionError(f"confidence is between 0 and 1, such as 0.95, not {confidence!r}.")
-    if not (seconds >= 0 and precision >= 0):
-        raise FusionError(
-            f"seconds and precision are not negative: seconds={seconds!r}, precision={precision!r}."
-        )
-    check_not_compiled(model)
-    if not chains_in(model):
-        raise FusionError(
-            f"Nothing is fused in {type(model).__name__}, so there is nothing to compare. Call "
-            f"fuse(model), or fuse_modules(model, [...]), then benchmark(model, ...)."
-        )
-    return names
 
 
 def _rounds(

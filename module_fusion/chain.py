@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
+from .errors import add_note
 from .modules import KEY, ModuleState, state_of
 from .packing import Packing
 from .plain import why_not_under
@@ -135,8 +136,20 @@ class Chain:
         running.add(caller)
         try:
             return seat(*inputs)
+        except Exception as error:
+            add_note(error, self._about_kernel())
+            raise
         finally:
             running.discard(caller)
+
+    def _about_kernel(self) -> str:
+        members: Sequence[Any] = [] if self.seat is None else self.seat.members()
+        states = [None if member is None else state_of(member) for member in members]
+        where = " -> ".join(state.path for state in states if state is not None)
+        return (
+            f"This was in the kernel {self.kernel!r}, in the place of {where}. "
+            f"unfuse_modules(model, [...]) with one of these paths has the modules run instead."
+        )
 
     def kernel_inputs(
         self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inventory import chains_in, modules_in, states_of, strays_in
+from .errors import FusionError
+from .inventory import Found, chains_in, modules_in, states_of, strays_in
 from .modules import KEY, ModuleState, expected_class
-from .verifying.structures import same_bits
+from .verifying.structures import is_plain, same_bits
 
 # What `nn.Module` itself has in every instance, or puts there when it is compiled.
+_COUNTS = ("kernel_calls", "member_calls", "reason", "returned", "holds")
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
+
+
+def check_not_ambiguous(
+    ours: Callable[..., Any], model: nn.Module, method: str, given: Mapping[str, Any]
+) -> None:
+    """Refuse a keyword that is set, and that could be for the model just as well.
+
+    Args:
+        ours: `verify` or `benchmark`.
+        model: the model.
+        method: the name of its method that is called.
+        given: the values of the options of ours.
+
+    Raises:
+        FusionError: the method has a parameter of that name too.
+    """
+    try:
+        taken = inspect.signature(getattr(model, method)).parameters
+    except (AttributeError, TypeError, ValueError):
+        return
+    defaults = inspect.signature(ours).parameters
+    for name, value in given.items():
+        default = defaults[name].default
+        is_set = value is not default and not (type(value) is type(default) and value == default)
+        if name in taken and is_set:
+            raise FusionError(
+                f"{method} of {type(model).__name__} has a parameter {name!r}, and so has "
+                f"{ours.__name__}: it is not clear which one {name}={value!r} is for. Give the "
+                f"model's by position; or give {ours.__name__} a module around the model, whose "
+                f"forward calls it and has another name for {name!r}."
+            )
 
 
 @contextmanager
@@ -48,21 +84,64 @@ def unfused(model: nn.Module) -> Iterator[None]:
 def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
     """On leaving, random state, buffers, gradients and attributes are what they were before.
 
-    Of a list, dict or set that a module has, the items too; what else a module's attributes
-    hold is not looked into.
+    Of a list, dict or set that a module has, the items too; and what is in tensors and random
+    generators there. What else a module's attributes hold is not looked into, and there is no
+    copy of parameters: a model that writes to those by itself stays changed.
 
     Yields:
         A function that puts them back at once, for a second run from the same start.
     """
-    with ExitStack() as stack:
-        steps = [random_state(), *_buffers(model), *_attributes(model), _gradients(model)]
+    with attributes_put_back(model) as attributes, ExitStack() as stack:
+        gradients = _gradients(model)
 
         def put_back() -> None:
-            for step in steps:
-                step()
+            attributes()
+            gradients()
 
-        stack.callback(put_back)
+        stack.callback(gradients)
         yield put_back
+
+
+@contextmanager
+def attributes_put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """The same but for gradients."""
+    steps = [
+        random_state(),
+        *_values_in_attributes(model),
+        *_buffers(model),
+        *_attributes(model),
+    ]
+
+    def put_back() -> None:
+        for step in steps:
+            step()
+
+    try:
+        yield put_back
+    finally:
+        put_back()
+
+
+@contextmanager
+def counts_kept(found: Sequence[Found]) -> Iterator[None]:
+    """On leaving, what `report` says of calls and reasons is what it said before."""
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for item in found:
+        states = states_of(item)
+        known = (state.__dict__.get("speculation") for state in states)
+        owners = [item.chain, *states, *(own for own in known if own is not None)]
+        kept += [(own, _counts_in(own)) for own in (owner.__dict__ for owner in owners)]
+    try:
+        yield
+    finally:
+        for own, before in kept:
+            for name in _counts_in(own):
+                del own[name]
+            own.update(before)
+
+
+def _counts_in(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: own[name] for name in _COUNTS if name in own}
 
 
 def random_state() -> Callable[[], None]:
@@ -88,20 +167,72 @@ def _buffers(model: nn.Module) -> Iterator[Callable[[], None]]:
     for module in modules_in(model):
         if module._buffers:
             before = dict(module._buffers)
-            values = {k: b.detach().clone() for k, b in before.items() if b is not None}
+            values = [_value(buffer) for buffer in before.values() if buffer is not None]
             yield _restorer_of_buffers(module, before, values)
 
 
+def _value(tensor: Tensor) -> Callable[[], None]:
+    """A function that writes what is in a tensor now into it again."""
+    value = tensor.detach().clone()
+
+    def put_back() -> None:
+        if not same_bits(tensor, value):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(value)
+
+    return put_back
+
+
+def _values_in_attributes(model: nn.Module) -> Iterator[Callable[[], Any]]:
+    """Of tensors that are no parameters and share no memory with one, and of generators."""
+    known = {_memory(parameter) for parameter in model.parameters()}
+    seen: set[int] = set()
+    for value in _in_attributes(model):
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        generator = _generator(value)
+        if generator is not None:
+            yield generator
+        elif isinstance(value, Tensor) and _memory(value) not in known:
+            yield _value(value)
+
+
+def _in_attributes(model: nn.Module) -> Iterator[Any]:
+    for module in modules_in(model):
+        for name, value in module.__dict__.items():
+            if name not in _OF_EVERY_MODULE:
+                is_dict, is_many = type(value) is dict, type(value) in (list, tuple, set)
+                yield from value.values() if is_dict else value if is_many else [value]
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if is_plain(tensor) else id(tensor)
+
+
+def _generator(value: Any) -> Callable[[], Any] | None:
+    """A function that puts back the state of a random generator, None for another value."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if "numpy" not in sys.modules:
+        return None
+    kinds: Any = sys.modules["numpy"].random
+    if isinstance(value, kinds.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, kinds.Generator):
+        bits = value.bit_generator
+        return partial(setattr, bits, "state", copy.deepcopy(bits.state))
+    return None
+
+
 def _restorer_of_buffers(
-    module: nn.Module, before: dict[str, Tensor | None], values: dict[str, Tensor]
+    module: nn.Module, before: dict[str, Tensor | None], values: list[Callable[[], None]]
 ) -> Callable[[], None]:
     def put_back() -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                buffer = before[name]
-                assert buffer is not None
-                if not same_bits(buffer, value):
-                    buffer.copy_(value)
+        for put_value_back in values:
+            put_value_back()
         module._buffers.clear()
         module._buffers.update(before)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import is_grad_enabled, is_inference_mode_enabled
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _get_tracing_state as tracing_state
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
@@ -16,7 +17,10 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_ten
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from .errors import FusionError
+
 Context = tuple[Any, ...]
+_FAKE = "torch._subclasses.fake_tensor"
 
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
@@ -81,3 +85,36 @@ class SavedTensorHooks:
             autograd._pop_saved_tensors_default_hooks()
         for hooks in reversed(self.popped):
             autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def check_not_fake(model: nn.Module, what: str) -> None:
+    """Refuse what has to compute where tensors are fake, without values.
+
+    Raises:
+        FusionError: a FakeTensorMode is active, or a parameter or buffer was made under one.
+    """
+    if _FAKE not in sys.modules:
+        return
+    fake: Any = sys.modules[_FAKE]
+    advice = f"{what} has to compute with values: leave the FakeTensorMode, and give a real model."
+    if torch._guards.detect_fake_mode() is not None:
+        raise FusionError(f"A FakeTensorMode is active, and {advice}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, fake.FakeTensor):
+            raise FusionError(f"{name!r} is a FakeTensor, and {advice}")
+
+
+def check_has_values(model: nn.Module, tensors: list[Tensor], what: str) -> None:
+    """Refuse outputs of which none has values.
+
+    Raises:
+        FusionError: all of them are on the meta device, as weights are.
+    """
+    if tensors and all(tensor.is_meta for tensor in tensors):
+        weights = (*model.named_parameters(), *model.named_buffers())
+        for name, tensor in weights:
+            if tensor.is_meta:
+                raise FusionError(
+                    f"{name!r} is on the meta device, and so is the output: there are no values "
+                    f"for {what}. Load the weights first."
+                )

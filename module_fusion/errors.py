@@ -76,6 +76,17 @@ def needed(module: str, what: str, install: str) -> Any:
         ) from error
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """Say more about an error that goes on its way as it is.
+
+    Python 3.10 has no notes; there the text of an error that is nothing but a text gets it.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    elif len(error.args) == 1 and type(error.args[0]) is str:
+        error.args = (f"{error.args[0]}\n{text}",)
+
+
 def text_of(error: BaseException) -> str:
     """What an error says, with its class where the text alone says little: `KeyError: 'x'`."""
     text = str(error).strip().rstrip(".")

@@ -28,7 +28,10 @@ FLOOR_OF_GRADIENTS = 4 * torch.finfo(torch.float32).eps
 _FLOOR_OF_DOUBLE = 16 * torch.finfo(torch.float64).eps
 _SEED = 0
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
-_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+_WIDER = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 def floor_of(epsilon: float) -> float:
@@ -51,7 +54,7 @@ def run_on_copies(
     inputs: Sequence[Any],
 ) -> Run:
     """The output on copies of the inputs, and what it may have gradients of."""
-    inputs = map_tensors(lambda x: x.clone().requires_grad_(x.is_floating_point()), list(inputs))
+    inputs = map_tensors(lambda x: x.clone().requires_grad_(has_gradient(x)), list(inputs))
     return function(*inputs), _leaves(members, roles, inputs)
 
 
@@ -89,7 +92,14 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return module(*args, **kwargs)
 
 
+def has_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor of this dtype may have one."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def double(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
@@ -100,7 +110,7 @@ def copy_of(module: nn.Module, of_tensor: Callable[[Tensor], Tensor]) -> nn.Modu
     own = {name: value for name, value in module.__dict__.items() if name not in (KEY, "forward")}
     own.update({name: type(own[name])() for name in _HOOKS if name in own})
     own["_parameters"] = {
-        name: None if p is None else nn.Parameter(of_tensor(p), requires_grad=p.is_floating_point())
+        name: None if p is None else nn.Parameter(of_tensor(p), requires_grad=has_gradient(p))
         for name, p in module._parameters.items()
     }
     own["_buffers"] = {
@@ -127,4 +137,4 @@ class InDouble(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _ROUNDED else value
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value

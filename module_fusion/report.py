@@ -20,6 +20,7 @@ from .rendering.html import (
     table,
     unbroken,
 )
+from .rendering.plain import plain
 from .rendering.tables import text_table
 
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
@@ -57,7 +58,8 @@ class GroupReport(NamedTuple):
         path: what the next plain call runs, `"kernel"` or `"members"`.
         kernel_calls: calls in which the kernel ran, compiled graphs not counted.
         member_calls: calls in which the members ran themselves, compiled graphs not counted.
-        reason: why the members ran the last time they did, or why the place was skipped.
+        reason: why the members ran the last time they did, whose cause may be gone since; why
+            they would run, or why the place was skipped.
         family: the family that found the group, None for one that was named by paths.
         accuracy: the kernel's error against float64 in units of the members', where a family
             had them compared.
@@ -131,9 +133,12 @@ class FusionReport:
         return page_fragment(self._summary(), [table(header, rows)] if rows else [])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every group by itself, for JSON."""
+        """Every group by itself, for JSON.
+
+        In place of a number that JSON does not have there is `"inf"`, `"-inf"` or `"nan"`.
+        """
         groups = [{**g._asdict(), "wires": [w._asdict() for w in g.wires]} for g in self.groups]
-        return {"summary": self._summary(), "groups": groups}
+        return plain({"summary": self._summary(), "groups": groups})  # type: ignore[no-any-return]
 
     def _summary(self) -> str:
         if not self.groups:
@@ -194,13 +199,20 @@ def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:
     first = fold[0]
-    notes = (first.reason, _accuracy(fold), *_wiring(first))
+    notes = (_reason(fold), _accuracy(fold), *_wiring(first))
     return (
         " -> ".join(first.classes),
         first.kernel or "-",
         _calls(_together(fold)),
         "; ".join(note for note in notes if note),
     )
+
+
+def _reason(fold: Sequence[GroupReport]) -> str | None:
+    """Why the members run; where a kernel may run now, the cause may be gone since."""
+    group = _together(fold)
+    is_past = group.reason is not None and group.path == "kernel" and group.member_calls > 0
+    return f"when the members ran last: {group.reason}" if is_past else group.reason
 
 
 def _accuracy(fold: Sequence[GroupReport]) -> str:

@@ -8,22 +8,22 @@ kernel is judged by itself against float64.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .comparison import check_not_ambiguous, counts_kept
+from .context import check_not_fake
 from .errors import FusionError
-from .inventory import Found, chains_in, modules_in, states_of
+from .inventory import chains_in, modules_in
 from .verifying.casting import in_dtype
 from .verifying.replaced import notes_on, replaced_in
 from .verifying.report import VerificationReport
 from .verifying.runs import Ask, compare
 
-_OWN = {"method": "forward", "gradients": False, "dtypes": None}
 _COMPILED = (
     "compiled modules ran in eager mode here: what a compiler changes is not looked at, and calls "
     "inside a compiled graph are not counted"
@@ -42,7 +42,9 @@ def verify(
     """Compare the fused model with the unfused one on your own inputs.
 
     Nothing is left behind: random state, buffers, gradients, call counts and your inputs are as
-    before, and there is no second copy of the model's weights. Needs room for the inputs and
+    before, and so are tensors and random generators that modules have as attributes. There is no
+    second copy of the model's weights, so a parameter that the model writes to when it is called
+    stays changed, and the report says which. Needs room for the inputs and
     outputs of all fused groups, and for one group at a time in float64.
 
     A model that draws random numbers draws the same ones in both runs. Compiled modules run in
@@ -54,11 +56,13 @@ def verify(
         method: the name of the method to call, such as `"generate"`.
         gradients: whether to compare gradients of all parameters, and of the inputs that require
             one: of the output's `loss`, or where it has none, of a fixed random combination of
-            all its floating tensors. Needs room for them twice.
+            all its floating tensors. Hooks on parameters do not run, those of modules do, and
+            nothing is added to any `.grad`. Needs room for the gradients twice.
         dtypes: run in each of these dtypes, with floating inputs and weights cast, instead of in
             the model's own. Needs room for the weights in that dtype.
-        **kwargs: as `args`. A keyword that the method shares with `verify` has to be passed by
-            position.
+        **kwargs: as `args`. Where the method has a parameter with the name of an option, the
+            option is meant: give the model's by position, or verify a module around the model
+            whose `forward` has another name for it.
 
     Returns:
         A report, true if fusion kept its promise: where no kernel ran the same bits, and where
@@ -90,7 +94,7 @@ def verify(
             "fuse(model), or fuse_modules(model, [...], kernel=...)."
         )
     results = []
-    with _calls_uncounted(found), _eagerly(gradients):
+    with counts_kept(found), _eagerly(gradients), _without_hooks_on(model.parameters()):
         for dtype in [None] if dtypes is None else dtypes:
             ask = Ask(model, method, args, kwargs, gradients, dtype)
             with in_dtype(model, found, dtype):
@@ -123,18 +127,26 @@ def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
             f"dtypes is a list of floating dtypes, such as [torch.float32, torch.bfloat16], not "
             f"{dtypes!r}."
         )
+    if not isinstance(gradients, bool):
+        raise FusionError(f"gradients is True or False, not {gradients!r}.")
     given = {"method": method, "gradients": gradients, "dtypes": dtypes}
+    check_not_ambiguous(verify, model, method, given)
+    check_not_fake(model, "verify")
+
+
+@contextmanager
+def _without_hooks_on(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, hooks on the gradients of parameters do not run: they may log, count or send."""
+    hooks: list[dict[Any, Any]] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(own) for own in hooks]
     try:
-        taken = inspect.signature(getattr(model, method)).parameters
-    except (TypeError, ValueError):
-        return
-    for name, value in given.items():
-        if name in taken and value != _OWN[name]:
-            raise FusionError(
-                f"{method} of {type(model).__name__} has a parameter {name!r}, and so has verify: "
-                f"it is not clear which one {name}={value!r} is for. Pass it by position, or give "
-                f"the model a method without it and name that: verify(model, ..., method=...)."
-            )
+        for own in hooks:
+            own.clear()
+        yield
+    finally:
+        for own, before in zip(hooks, kept, strict=True):
+            own.clear()
+            own.update(before)
 
 
 @contextmanager
@@ -145,24 +157,6 @@ def _eagerly(gradients: bool) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextmanager
-def _calls_uncounted(found: Sequence[Found]) -> Iterator[None]:
-    """On leaving, the counts and reasons that `report` gives are what they were before."""
-    kept: list[tuple[Any, dict[str, Any]]] = []
-    for item in found:
-        names = ("kernel_calls", "member_calls", "reason", "returned")
-        for owner in (item.chain, *states_of(item)):
-            own = owner.__dict__
-            kept.append((owner, {name: own[name] for name in names if name in own}))
-    try:
-        yield
-    finally:
-        for owner, values in kept:
-            for name in ("reason", "returned"):
-                owner.__dict__.pop(name, None)
-            owner.__dict__.update(values)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -34,6 +34,7 @@ METADATA = {
 }
 
 _CONDITIONS = re.compile(r"\b\d+ rounds.*? in turn; (medians \[.*?\]); [^\n]*?; torch \S+")
+_EXPECTATION = re.compile(r"\s*Nothing got faster[^\n]*")
 _VERDICT = re.compile(r"no difference shown|[\d.]+ times as fast|takes [\d.]+ times as long")
 _NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]\d+)?(?: (?:s|ms|µs|ns)\b)?")
 _FOOTNOTE = re.compile(r"^\[\d+\](?= )|(?<=  )\[\d+\]$", re.MULTILINE)
@@ -149,8 +150,8 @@ def agree(stored: str, fresh: str, timing: bool = False) -> bool:
     Args:
         stored: one text.
         fresh: the other.
-        timing: they are about times: no number counts, nor which candidate is faster, nor the
-            device, nor the version of torch.
+        timing: they are about times: no number counts, nor which candidate is faster, nor what
+            is said where none is, nor the device, nor the version of torch.
     """
     if timing:
         return _without_times(stored) == _without_times(fresh)
@@ -164,6 +165,7 @@ def _without_rounding(text: str) -> str:
 
 
 def _without_times(text: str) -> str:
+    text = _EXPECTATION.sub("", text)
     text = _CONDITIONS.sub(r"# rounds in turn; \1; a device", text)
     return _PADDING.sub("  ", _NUMBER.sub("#", _VERDICT.sub("a verdict", text)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from module_fusion import (
     benchmark,
     fuse_modules,
     report,
+    verify,
 )
 from module_fusion.benchmarking import timing
 from module_fusion.benchmarking.candidates import candidates_of, twin
@@ -677,7 +679,9 @@ unfused    2 ms [1.9, 2.2]  1                     reference           5,000
 fused      1 ms [0.9, 1.1]  0.500 [0.450, 0.550]  2.00 times as fast  10,000    0.4 ms  0.8 ms  \
 3.0 MiB      kernel 40, members 2  a | b
 
-42 rounds in turn; medians [95% confidence intervals]; Device; torch 2.0"""
+42 rounds in turn; medians [95% confidence intervals]; Device; torch 2.0
+"of unfused" is the median of the ratios in each round, and so not exactly the ratio of the two \
+medians beside it"""
 
 
 def test_the_text_of_a_report_without_colours():
@@ -705,6 +709,29 @@ def test_a_report_goes_through_json_and_comes_back(fused_model: Model, x: Tensor
             for row in plain.pop("rows")
         ]
         assert BenchmarkReport(rows=tuple(rows), **plain) == found
+
+
+@pytest.mark.parametrize(
+    ("interval", "host_s", "kernel_calls", "said"),
+    [
+        ((0.7, 0.9), None, 3, ""),
+        ((0.9, 1.1), None, 3, "Nothing got faster. On a CPU that is to be expected: the kernels"),
+        ((1.1, 1.2), None, 3, "Nothing got faster. On a CPU that is to be expected: the kernels"),
+        ((1.1, 1.2), 1.0, 3, "Nothing got faster. To be expected where the fused modules are a"),
+        ((0.9, 1.1), None, 0, "Nothing got faster: no kernel ran; the table says why."),
+    ],
+)
+def test_where_nothing_got_faster_that_is_said_with_what_to_expect(
+    interval: tuple[float, float], host_s: float | None, kernel_calls: int, said: str
+):
+    row = BenchmarkRow("fused", 1.0, (1.0, 1.0), sum(interval) / 2, interval, None, host_s)
+    row = dataclasses.replace(row, kernel_calls=kernel_calls, note="why")
+    found = dataclasses.replace(FOUND, rows=(FOUND.rows[0], row))
+    assert found.expectation.startswith(said)
+    assert bool(found.expectation) is bool(said)
+    for text in (str(found), found.to_markdown(), found._repr_html_()):
+        assert ("Nothing got faster" in text) is bool(said)
+        assert "median of the ratios in each round" in text
 
 
 def test_a_row_is_found_by_its_name():
@@ -769,10 +796,22 @@ def _uncopyable(x: Tensor) -> dict[str, Any]:
         ({"compare": ["compiled"]}, "compare has 'compiled'; besides unfused and fused there are"),
         ({"compare": "fused"}, "compare has 'fused'"),
         ({"method": "generate"}, "Model has no method 'generate'"),
-        ({"confidence": 1.0}, "confidence is between 0 and 1, such as 0.95, not 1.0"),
-        ({"confidence": 95}, "confidence is between 0 and 1"),
-        ({"seconds": -1.0}, "seconds and precision are not negative: seconds=-1.0"),
-        ({"precision": math.nan}, "seconds and precision are not negative"),
+        ({"confidence": 1.0}, r"confidence is a number between 0 and 1, such as 0.95, not 1\.0"),
+        ({"confidence": 95}, "confidence is a number between 0 and 1"),
+        ({"confidence": "high"}, "confidence is a number between 0 and 1, .* not 'high'"),
+        ({"confidence": True}, "confidence is a number between 0 and 1"),
+        ({"seconds": -1.0}, r"seconds is a number that is not negative, not -1\.0"),
+        ({"seconds": "many"}, "seconds is a number that is not negative, not 'many'"),
+        ({"seconds": None}, "seconds is a number that is not negative, not None"),
+        ({"precision": math.nan}, "precision is a number that is not negative, not nan"),
+        ({"precision": [0.1]}, r"precision is a number that is not negative, not \[0\.1\]"),
+        ({"compare": 3}, "compare is a list with some of 'unfused compiled', .*, not 3"),
+        ({"compare": [3]}, "compare has 3; besides unfused and fused there are"),
+        ({"compare": [["liger"]]}, r"compare has \['liger'\]; besides"),
+        ({"compile_options": "reduce-overhead"}, "compile_options is a dict of arguments for"),
+        ({"backward": "yes"}, "backward is True or False, not 'yes'"),
+        ({"progress": 1}, "progress is True, False or None, not 1"),
+        ({"method": 3}, "method is the name of a method, such as 'generate', not 3"),
     ],
 )
 def test_options_that_are_none_are_refused(
@@ -780,6 +819,47 @@ def test_options_that_are_none_are_refused(
 ):
     with pytest.raises(FusionError, match=message):
         benchmark(fused_model, x, **{**QUICK, **options})
+
+
+class Clip(nn.Module):
+    """A model whose forward has parameters with the names of options."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor, seconds: Any = 1, dtypes: Any = None) -> Tensor:
+        self.seen = [seconds, dtypes]
+        return self.model(x)
+
+
+class Around(nn.Module):
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, x: Tensor, length: Any) -> Tensor:
+        SEEN.append(length)
+        return self.clip(x, seconds=length)
+
+
+SEEN: list[Any] = []
+
+
+def test_a_keyword_that_the_model_has_too_is_refused_with_two_ways_out(
+    fused_model: Model, x: Tensor
+):
+    clip = Clip(fused_model)
+    for seconds in (30, torch.ones(2), "long"):
+        with pytest.raises(FusionError, match="forward of Clip has a parameter 'seconds'") as told:
+            benchmark(clip, x, seconds=seconds)
+        assert "by position; or give benchmark a module around the model" in str(told.value)
+    with pytest.raises(FusionError, match="and so has verify: it is not clear which one dtypes="):
+        verify(clip, x, dtypes=[torch.float32])
+    SEEN.clear()
+    benchmark(Around(clip), x, length=30, **QUICK)
+    assert set(SEEN) == {30}
 
 
 def test_a_model_with_nothing_fused_is_refused_with_the_call_to_make(model: Model, x: Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,40 @@ def test_what_cannot_be_done_exits_with_2_and_says_why(
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
+
+
+def test_the_commands_of_the_guide_run_as_they_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with the two things they name: a config, and a checkpoint."""
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    start = "    python -m module_fusion "
+    commands = [line[len(start) :] for line in guide.splitlines() if line.startswith(start)]
+    assert {command.split()[0] for command in commands} == {"plan", "verify", "bench"}
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**TEXT, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        arguments = shlex.split(command)
+        if arguments[0] == "bench":  # As written it takes up to five seconds.
+            arguments += ["--seconds", "0.1"]
+        capsys.readouterr()
+        assert main(arguments) == 0, command
+        said = capsys.readouterr().out
+        if "--json" in arguments:
+            assert json.loads(said)
+        else:
+            assert "layers.[0-1]: post_attention_layernorm -> mlp" in said
+
+
+def test_without_transformers_it_says_what_to_install(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["plan", config, "--device", "cpu"]) == 2
+    assert "pip install 'module-fusion[transformers]'" in capsys.readouterr().err
 
 
 def test_it_is_a_command(config: str) -> None:

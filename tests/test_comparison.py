@@ -12,7 +12,8 @@ from support import PATHS, Model, WeightKernel, mapped
 from torch import Tensor, nn
 
 from module_fusion import fuse_modules, report
-from module_fusion.comparison import nothing_left_behind, unfused
+from module_fusion.comparison import counts_kept, nothing_left_behind, unfused
+from module_fusion.inventory import chains_in, states_of
 
 
 def test_inside_unfused_every_class_is_the_original_and_outside_the_kernel_runs(
@@ -38,6 +39,21 @@ def test_unfused_gives_the_classes_back_after_an_exception(model: Model):
     with pytest.raises(KeyError, match="mine"), unfused(model):
         raise KeyError("mine")
     assert structure(model) == while_fused
+
+
+def test_counts_and_reasons_are_put_back_and_leave_no_attribute(model: Model, x: Tensor):
+    with mapped(K=WeightKernel):
+        fuse_modules(model, PATHS, kernel="K")
+    found = chains_in(model)
+    owners = [owner for item in found for owner in (item.chain, *states_of(item))]
+    before = [dict(vars(owner)) for owner in owners]
+    with counts_kept(found):
+        model(x)
+        handle = model.layers[0].norm.register_forward_hook(lambda *call: None)
+        model(x)
+        handle.remove()
+        assert "reason" in vars(states_of(found[0])[1])
+    assert [vars(owner) for owner in owners] == before
 
 
 class _Stateful(nn.Module):

@@ -423,3 +423,72 @@ def test_other_models_are_not_touched() -> None:
     fuse_modules(model, PATHS, dry_run=True)
     assert everything(other) == before
     assert type(model.layers[0].mlp) is Mlp
+
+
+def _scale_buffer(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.seen += 1
+    norm.table[0] = 5.0
+
+
+def _set_attributes(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.note, norm.calls = "prepared", 9
+    norm.options["fast"] = True
+    del mlp.calls
+
+
+def _register(norm: nn.Module, mlp: nn.Module) -> None:
+    mlp.extra = nn.Linear(2, 2)
+    norm.bias = nn.Parameter(torch.ones(2))
+    mlp.up_proj.register_forward_hook(lambda *call: None)
+
+
+@pytest.mark.parametrize("prepare", [_scale_buffer, _set_attributes, _register])
+def test_what_a_kernel_writes_to_its_members_when_it_is_prepared_is_undone(
+    model: Model, prepare: Callable[..., None]
+) -> None:
+    for block in model.layers:
+        block.norm.register_buffer("seen", torch.zeros(2))
+        block.norm.table, block.norm.options = torch.zeros(2), {}
+    tables = [block.norm.table for block in model.layers]
+    hooks = {path: dict(module._forward_hooks) for path, module in model.named_modules()}
+
+    class Writing(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x)
+
+    setattr(Writing.forward, "prepare", prepare)
+    before = everything(model)
+    with mapped(Fast=Writing):
+        dry = fuse_modules(model, ROLES, kernel="Fast", dry_run=True)
+    # Buffers that were put back were written to twice.
+    after = everything(model)
+    assert [tensor[:3] for tensor in after.tensors] == [tensor[:3] for tensor in before.tensors]
+    assert [tensor[4:] for tensor in after.tensors] == [tensor[4:] for tensor in before.tensors]
+    assert (after.structure, after.attributes, after.fusion) == (
+        before.structure,
+        before.attributes,
+        before.fusion,
+    )
+    assert [table.tolist() for table in tables] == [[0.0, 0.0]] * len(tables)
+    assert [block.norm.options for block in model.layers] == [{}] * len(tables)
+    assert {p: dict(m._forward_hooks) for p, m in model.named_modules()} == hooks
+    assert {row.path for row in dry.groups} == {"kernel"}
+
+
+def test_a_kernel_that_writes_to_weights_when_it_is_prepared_is_told(model: Model) -> None:
+    class Writing(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x)
+
+    def prepare(norm: nn.Module, mlp: nn.Module) -> None:
+        with torch.no_grad():
+            norm.weight.mul_(2)
+
+    setattr(Writing.forward, "prepare", prepare)
+    classes = [type(module) for module in model.modules()]
+    with (
+        mapped(Fast=Writing),
+        pytest.raises(FusionError, match=r"A kernel wrote to 'layers\.0\.norm\.weight', 'layers"),
+    ):
+        fuse_modules(model, ROLES, kernel="Fast", dry_run=True)
+    assert [type(module) for module in model.modules()] == classes

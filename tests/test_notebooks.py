@@ -157,6 +157,7 @@ def test_a_failing_cell_fails_the_run(script: ModuleType) -> None:
 def test_times_and_devices_do_not_count_in_cells_that_show_times(script: ModuleType) -> None:
     slow, fast = TIMES.format(**SLOW), TIMES.format(**FAST)
     assert script.agree(slow, fast, timing=True)
+    assert script.agree(f"{slow}\nNothing got faster. On a CPU", fast, timing=True)
     assert not script.agree(slow, fast)
     for wrong in (
         fast.replace("fused  ", "liger  "),

@@ -110,7 +110,7 @@ def test_blocks_with_another_path_or_reason_are_rows_of_their_own() -> None:
     ]
     assert [row[4] for row in rows] == ["kernel 2", "members 1"]
     assert rows[0][5] == ""
-    assert rows[1][5].startswith("norm has a hook")
+    assert rows[1][5].startswith("when the members ran last: norm has a hook")
 
 
 def test_skipped_places_are_rows_with_their_reasons() -> None:
@@ -196,7 +196,8 @@ def test_calls_of_kernel_and_members_are_both_told_with_the_last_reason() -> Non
         model(X)
     (row,) = table(report(model))
     assert row[4] == "kernel 1, members 2"
-    assert row[5].startswith("autocast is on")
+    assert row[5].startswith("when the members ran last: autocast is on")
+    assert report(model).groups[0].reason.startswith("autocast is on")
 
 
 def test_a_kernel_that_nobody_mapped_is_told() -> None:

@@ -583,7 +583,7 @@ def change_class(model: Model) -> None:
     ("change", "said"),
     [
         (replace_last, "'layers.0.norm' was fused, and the last module of its chain is no longer"),
-        (replace_first, "'layers.0.norm', fused with 'layers.0.mlp' as 'norm', is no longer in"),
+        (replace_first, "'layers.0.norm', fused with 'layers.0.mlp' as 'norm', is no longer"),
         (move, "'layers.0.norm' was fused, and the last module of its chain is no longer"),
         (change_class, "the class of 'layers.0.mlp' was changed after fusing: it is Mlp"),
     ],
@@ -597,8 +597,22 @@ def test_a_member_replaced_after_fusing_does_not_pass(change: Any, said: str, ke
     change(model)
     found = verify(model, torch.randn(2, 8))
     assert not found
+    if kernel is None:  # Without one, it is not known which module is around the members.
+        said = said.replace("is no longer", "is not in the module given to verify: either this is")
     assert said in "\n".join(found.problems)
     assert "unfuse_modules(model)" in "\n".join(found.problems)
+
+
+@pytest.mark.parametrize(("part", "other"), [("mlp", "norm"), ("norm", "mlp")])
+def test_a_part_of_the_model_is_told_from_a_module_that_was_replaced(part: str, other: str):
+    model = fused_with(WeightKernel, Model(2))
+    found = verify(getattr(model.layers[0], part), torch.randn(2, 8))
+    assert not found
+    assert found.problems[0] == (
+        f"'layers.0.{other}' is outside the module given to verify, and is fused with '(the module "
+        f"itself)', which is in it. Give the module that has both: verify(model, ...)"
+    )
+    assert verify(model.layers[0], torch.randn(2, 8))
 
 
 def test_a_whole_chain_replaced_after_fusing_does_not_pass():

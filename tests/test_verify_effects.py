@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,17 @@ import torch
 from support import PATHS, Model, WeightKernel, mapped
 from torch import Tensor, nn
 
-from module_fusion import fuse_modules, verify
+from module_fusion import (
+    BenchmarkReport,
+    FusionReport,
+    VerificationReport,
+    fuse_modules,
+    verify,
+)
+from module_fusion.benchmarking.report import BenchmarkRow
+from module_fusion.report import Feed, GroupReport
+from module_fusion.verifying.differences import Difference
+from module_fusion.verifying.report import GroupVerification
 
 
 def fused_with(effect: Callable[[Any], None], model: nn.Module) -> nn.Module:
@@ -123,3 +134,48 @@ def test_numbers_that_follow_from_a_judged_kernel_are_no_failure(model: Model, x
     found = verify(Returns(model, lambda y: {"y": y, "loss": y.sum().item()}), x)
     assert found.passed, found
     assert not found.equal
+
+
+def test_hooks_on_parameters_do_not_run_and_are_there_afterwards(model: Model, x: Tensor):
+    fused_with(lambda seat: None, model)
+    seen: list[Tensor] = []
+    weight = model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: seen.append(gradient))
+    assert verify(model, x, gradients=True).passed
+    assert seen == []
+    assert weight.grad is None
+    model(x).sum().backward()
+    assert len(seen) == 1
+
+
+def strict(text: str) -> Any:
+    """As a reader of JSON that takes the standard's numbers alone."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        VerificationReport(
+            outputs=(Difference("y", (2,), "float32", False, INF, NAN, 1, -INF),),
+            groups=(GroupVerification(("a", "b"), kernel_error=INF, member_error=0.5),),
+            first_difference=GroupVerification(("a", "b"), kernel_error=INF),
+        ),
+        FusionReport([GroupReport("fused", ("a",), accuracy=INF, wires=(Feed(None, 0, "x"),))]),
+        BenchmarkReport(
+            (BenchmarkRow("fused", 1.0, (0.5, INF), NAN, None),),
+            *("cpu", "2", "forward", False, 1, 1, 0.95),
+        ),
+    ],
+)
+def test_numbers_that_json_does_not_have_are_texts(found: Any):
+    plain = strict(json.dumps(found.to_dict(), allow_nan=False))
+    assert "inf" in json.dumps(plain)
+    assert plain == found.to_dict()

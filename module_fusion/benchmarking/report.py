@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import needed
 from ..rendering.html import page_fragment, paragraph, table, unbroken
+from ..rendering.plain import plain
 from ..rendering.tables import markdown_table, text_table, without_empty_columns
 
 _REFERENCE = "reference"
@@ -111,13 +112,44 @@ class BenchmarkReport:
             f"confidence intervals]; {self.device}; torch {self.torch_version}"
         )
 
+    @property
+    def ratios(self) -> str:
+        """What the ratios are, in a sentence."""
+        return (
+            '"of unfused" is the median of the ratios in each round, and so not exactly the ratio '
+            "of the two medians beside it"
+        )
+
+    @property
+    def expectation(self) -> str:
+        """Where nothing got faster, that in plain words, and when something would; else empty."""
+        row = self["fused"]
+        if row.ratio_interval is None or row.ratio_interval[1] < 1:
+            return ""
+        if row.kernel_calls == 0:
+            return "Nothing got faster: no kernel ran; the table says why."
+        if row.host_s is None:
+            return (
+                "Nothing got faster. On a CPU that is to be expected: the kernels are made for "
+                "GPUs, and what decides at each call whether one may run takes some time."
+            )
+        return (
+            "Nothing got faster. To be expected where the fused modules are a small part of the "
+            "time, or so small that starting them takes longer than running them: try more tokens."
+        )
+
+    def _sentences(self) -> list[str]:
+        return [
+            sentence for sentence in (self.conditions, self.ratios, self.expectation) if sentence
+        ]
+
     def table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         """The header and the rows that text, Markdown and HTML show."""
         header, *rows = zip(*self._columns(), strict=True)
         return without_empty_columns(header, rows)
 
     def __str__(self) -> str:
-        return f"{self.summary}\n\n{text_table(*self.table())}\n\n{self.conditions}"
+        return "\n\n".join([self.summary, text_table(*self.table()), "\n".join(self._sentences())])
 
     __repr__ = __str__
 
@@ -125,19 +157,20 @@ class BenchmarkReport:
         header, rows = self.table()
         short = header.index("note") if "note" in header else len(header)
         cells = [[*map(unbroken, row[:short]), *row[short:]] for row in rows]
-        return page_fragment(self.summary, [table(header, cells), paragraph(self.conditions)])
+        said = map(paragraph, self._sentences())
+        return page_fragment(self.summary, [table(header, cells), *said])
 
     def to_markdown(self) -> str:
         """The same table and sentences in Markdown."""
-        return f"{self.summary}\n\n{markdown_table(*self.table())}\n\n{self.conditions}"
+        parts = [self.summary, markdown_table(*self.table()), *self._sentences()]
+        return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as dictionaries, lists, numbers and strings, ready for JSON."""
-        rows = [
-            {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
-            for row in map(asdict, self.rows)
-        ]
-        return {**asdict(self), "rows": rows}
+        """Everything as dictionaries, lists, numbers and strings, ready for JSON.
+
+        In place of a number that JSON does not have there is `"inf"`, `"-inf"` or `"nan"`.
+        """
+        return plain(asdict(self))  # type: ignore[no-any-return]
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the times with their intervals, and each ratio beside its bar.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from ..chain import Chain
+from ..context import check_has_values
 from ..errors import FusionError
-from ..inventory import chains_in, states_of
+from ..verifying.structures import tensors_in
 from .candidates import ON_REQUEST, Candidate
 from .report import BenchmarkRow
 from .timing import Sample, Stopwatch, frames_compiled, median, median_interval
@@ -74,7 +72,9 @@ class Run:
                 self.typical = self.stopwatch.time(call, [self._from_the_start()])
                 if count >= fewest and frames_compiled() == before:
                     break
-            self.tokens = self.workload.tokens(call(self._from_the_start()))
+            output = call(self._from_the_start())
+            check_has_values(self.candidate.module, tensors_in(output), "benchmark")
+            self.tokens = self.workload.tokens(output)
             self.peak_memory_bytes = self.stopwatch.peak_memory(call, self._from_the_start())
 
     def take_sample(self, calls: int) -> None:
@@ -173,26 +173,6 @@ class Run:
         if self.workload.backward and not can["has_backward"]:
             return "the kernel has no backward"
         return chain.why_not_compiled()
-
-
-@contextmanager
-def counts_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, what `report(model)` says of calls and reasons is what it said before."""
-    kept: list[tuple[object, str, object]] = []
-    for found in chains_in(model):
-        kept += [
-            (found.chain, name, getattr(found.chain, name))
-            for name in ("kernel_calls", "member_calls", "reason")
-        ]
-        for state in states_of(found):
-            kept += [(state, name, getattr(state, name)) for name in ("reason", "returned")]
-            if hasattr(state, "speculation"):
-                kept.append((state.speculation, "holds", state.speculation.holds))
-    try:
-        yield
-    finally:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
 
 
 def _joined(reasons: Iterator[str] | Sequence[str]) -> str:

@@ -42,7 +42,7 @@ class Stopwatch:
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self.devices = [device for device in devices if device.type != "cpu"]
+        self.devices = [device for device in devices if device.type not in ("cpu", "meta")]
         self.cuda = [device for device in self.devices if device.type == "cuda"]
 
     def synchronize(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from kernels import Mode
 from torch import nn
 
-from ..context import has_global_hooks
+from ..context import check_not_fake, has_global_hooks
 from ..dry_run import try_to
 from ..effects import code_read_once, effect_of
 from ..errors import AlreadyFusedError, FusionError, NotFusableError, text_of
@@ -69,7 +69,8 @@ def fuse(
 
     Raises:
         NotFusableError: there is no family of that name. The model is as it was.
-        FusionError: the code of a family raised an error. The model is as it was.
+        FusionError: the code of a family raised an error, or tensors are fake and have no
+            values. The model is as it was.
         PathNotFoundError: a path in `include` or `exclude` matches nothing.
 
     Examples:
@@ -85,6 +86,7 @@ def fuse(
         >>> _ = unfuse_modules(model)
     """
     check_arguments(model, None, mode)
+    check_not_fake(model, "fuse")
     packer = Packer(model)
     if not dry_run:
         return _fuse(model, families, mode, device, packer)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .structures import Kind, Leaf, bits_of, leaves, same_bits
+from .structures import Kind, Leaf, bits_of, leaves, same_bits, strides_of
 
 # Elements that are looked at together in float64.
 _CHUNK = 1 << 22
@@ -24,7 +24,8 @@ class Difference(NamedTuple):
         name: where it is in the output, such as `logits` or `past_key_values.layers.0.keys`.
         shape: of the tensor, None for a value that is none.
         dtype: of the tensor, or the class of the value.
-        equal: whether every bit is equal: NaN by payload, 0.0 apart from -0.0.
+        equal: whether every bit is equal, NaN by payload, 0.0 apart from -0.0; and the strides,
+            which a program can see, but for those of gradients.
         max_abs: largest absolute difference where both are finite.
         max_rel: largest difference relative to the unfused value, where that is not 0.
         max_ulp: largest number of floating-point values between the two, in their dtype.
@@ -110,14 +111,26 @@ def _differing_values(a: Any, b: Any) -> str | None:
     return None
 
 
-def difference(ours: Tensor, theirs: Tensor, name: str = "output") -> Difference:
-    """Compare two tensors; the second one is the measure."""
+def difference(
+    ours: Tensor, theirs: Tensor, name: str = "output", strides: bool = True
+) -> Difference:
+    """Compare two tensors; the second one is the measure.
+
+    Args:
+        ours: of the fused run.
+        theirs: of the unfused run.
+        name: of the difference.
+        strides: whether theirs have to be ours. Of gradients they do not: what accumulates
+            into `.grad` has the parameter's.
+    """
     ours, theirs = ours.detach(), theirs.detach()
     shape, dtype = tuple(theirs.shape), _short(theirs.dtype)
     for what, a, b in (
         ("shape", tuple(ours.shape), shape),
         ("dtype", _short(ours.dtype), dtype),
         ("device", str(ours.device), str(theirs.device)),
+        ("layout", str(ours.layout), str(theirs.layout)),
+        ("strides", *((strides_of(ours), strides_of(theirs)) if strides else ((), ()))),
     ):
         if a != b:
             problem = f"{what} {a} fused, {b} unfused"
@@ -126,6 +139,8 @@ def difference(ours: Tensor, theirs: Tensor, name: str = "output") -> Difference
         rows = 1.0 if _has_rows(theirs) else None
         bad = _count_nonfinite(theirs)
         return Difference(name, shape, dtype, argmax=rows, nonfinite=(bad, bad))
+    if ours.is_quantized:
+        ours, theirs = ours.dequantize(), theirs.dequantize()
     if ours.layout is not torch.strided:
         ours, theirs = ours.to_dense(), theirs.to_dense()
     argmax = None
@@ -176,7 +191,8 @@ def _has_rows(tensor: Tensor) -> bool:
 
 
 def _count_nonfinite(tensor: Tensor) -> int:
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1:
+    has_forms = tensor.is_floating_point() or tensor.is_complex()
+    if not has_forms or tensor.element_size() == 1 or tensor.is_meta:
         return 0
     values = tensor.to_dense() if tensor.layout is not torch.strided else tensor
     return int((~values.isfinite()).sum())

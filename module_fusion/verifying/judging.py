@@ -19,6 +19,7 @@ from ..exact import (
     chain_of,
     copy_of,
     double,
+    has_gradient,
     run_on_copies,
     seeded,
 )
@@ -50,12 +51,12 @@ def judge(
         if call.theirs is UNKNOWN:
             copies = [copy_of(member, Tensor.detach) for member in members]
             with torch.no_grad():
-                call.theirs = chain_of(chain, copies)(*snapshot(call.inputs))
+                call.theirs = snapshot(chain_of(chain, copies)(*snapshot(call.inputs)))
     calls = [call for call in calls if backward or not equal(call.output, call.theirs)]
     for call in calls:
         for found in differences(call.output, call.theirs):
-            if found.problem or (not found.equal and not _is_float(found.dtype)):
-                what = found.problem or "integers differ"
+            if found.problem or (not found.equal and not _is_rounded(found.dtype)):
+                what = found.problem or f"{found.dtype} values differ"
                 return Judgement(problem=f"the kernel's {found.name}: {what}")
     try:
         return _judged(chain, members, calls, backward)
@@ -63,8 +64,8 @@ def judge(
         return Judgement(problem="there is not enough memory for a copy of the modules in float64")
 
 
-def _is_float(dtype: str) -> bool:
-    return "float" in dtype
+def _is_rounded(dtype: str) -> bool:
+    return "float" in dtype or "complex" in dtype
 
 
 def _judged(
@@ -125,7 +126,7 @@ class _Runner:
     def __init__(self, chain: Chain, members: Sequence[nn.Module], backward: bool) -> None:
         self.chain, self.members, self.backward = chain, members, backward
         tensors = [t for m in members for t in (*m.parameters(), *m.buffers())]
-        self.floats = [t.dtype for t in tensors if t.is_floating_point()]
+        self.floats = [t.dtype for t in tensors if has_gradient(t)]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.wanted = {
             f"{role}.{name}"
@@ -150,12 +151,17 @@ class _Runner:
 
         def widened(tensor: Tensor) -> Tensor:
             wide = double(tensor.detach())
-            if generator is None or not tensor.is_floating_point():
+            if generator is None or not has_gradient(tensor):
                 return wide
-            draws = torch.rand(
-                wide.shape, generator=generator, dtype=wide.dtype, device=generator.device
-            )
-            return wide * (1 + (draws.to(wide.device) - 0.5) * self._epsilon(tensor.dtype))
+            if wide.is_complex():
+                near = [nearby(part, tensor.dtype) for part in (wide.real, wide.imag)]
+                return torch.complex(*near)
+            return nearby(wide, tensor.dtype)
+
+        def nearby(wide: Tensor, dtype: torch.dtype) -> Tensor:
+            device = None if generator is None else generator.device
+            draws = torch.rand(wide.shape, generator=generator, dtype=wide.dtype, device=device)
+            return wide * (1 + (draws.to(wide.device) - 0.5) * self._epsilon(dtype))
 
         members = [copy_of(member, widened) for member in self.members]
         function = chain_of(self.chain, members)
@@ -164,7 +170,8 @@ class _Runner:
             for call in calls:
                 inputs = map_tensors(widened, call.inputs)
                 with torch.no_grad():
-                    values = _floating(function(*map_tensors(Tensor.clone, inputs)), "output")
+                    output = function(*map_tensors(Tensor.clone, inputs))
+                    values = _floating(snapshot(output), "output")
                 if self.backward and call.grad:
                     values.update(self._gradients(function, members, inputs, call))
                 found.append(values)
@@ -200,15 +207,20 @@ class _Runner:
             list(tensors.values()), [found[name] for name in names], seeds, allow_unused=True
         )
         return {
-            f"gradient of {name}": gradient
+            f"gradient of {name}": _real(gradient)
             for name, gradient in zip(names, gradients, strict=True)
             if gradient is not None
         }
 
 
 def _floating(value: Any, name: str, detach: bool = True) -> Values:
-    return {
+    found = {
         f"{name} {leaf.path}".strip(): leaf.value.detach() if detach else leaf.value
         for leaf in leaves(value)
-        if isinstance(leaf.value, Tensor) and leaf.value.is_floating_point()
+        if isinstance(leaf.value, Tensor)
     }
+    return {where: _real(tensor) for where, tensor in found.items() if has_gradient(tensor)}
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

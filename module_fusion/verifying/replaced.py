@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..inventory import Found, members_of, modules_in, strays_in
-from ..modules import expected_class, state_of
+from ..inventory import Found, chains_in, members_of, modules_in, strays_in
+from ..modules import ModuleState, expected_class, state_of
 from ..plain import original_of
 
+_PART = (
+    "{!r} is outside the module given to verify, and is fused with {!r}, which is in it. Give the "
+    "module that has both: verify(model, ...)"
+)
 _AGAIN = "Undo what is left and fuse again: unfuse_modules(model), then fuse(model)"
 
 
@@ -21,12 +25,15 @@ def replaced_in(model: nn.Module, found: Sequence[Found]) -> list[str]:
 
 def _gone(found: Sequence[Found]) -> Iterator[str]:
     for item in found:
-        for role, path in zip(item.chain.roles, item.paths, strict=True):
-            if path.startswith("outside: "):
+        for role, path, member in zip(item.chain.roles, item.paths, members_of(item), strict=True):
+            if not path.startswith("outside: "):
+                continue
+            if _is_in(item.chain.boundary, member):
+                yield _PART.format(path.removeprefix("outside: "), item.paths[-1])
+            else:
                 yield (
                     f"{path.removeprefix('outside: ')!r}, fused with {item.paths[-1]!r} as "
-                    f"{role!r}, is no longer in the model: it was replaced or moved after fusing. "
-                    f"{_AGAIN}"
+                    f"{role!r}, {_what_became(item.chain.boundary)}"
                 )
 
 
@@ -36,16 +43,46 @@ def _strays(model: nn.Module, found: Sequence[Found], names: dict[int, str]) -> 
     around = {id(state.boundary) for _, state in states}
     for module, state in states:
         where = names.get(id(module), state.path)
-        if state.role is not None:
+        if state.role is not None and (last := _last_elsewhere(module, state, model)):
+            yield _PART.format(last, where)
+        elif state.role is not None:
             yield (
-                f"{where!r} was fused, and the last module of its chain is no longer in the model: "
-                f"it was replaced or moved after fusing. {_AGAIN}"
+                f"{where!r} was fused, and the last module of its chain "
+                f"{_what_became(state.boundary)}"
             )
         elif id(state) not in around:
             yield (
                 f"the modules in {where!r} that were fused are no longer in the model: they were "
                 f"replaced or moved after fusing. {_AGAIN}"
             )
+
+
+def _what_became(boundary: ModuleState | None) -> str:
+    if boundary is None:
+        return (
+            f"is not in the module given to verify: either this is a part of the model, and "
+            f"verify needs the whole, or it was replaced or moved after fusing. {_AGAIN}"
+        )
+    return f"is no longer in the model: it was replaced or moved after fusing. {_AGAIN}"
+
+
+def _is_in(boundary: ModuleState | None, member: nn.Module) -> bool:
+    """Whether the module around a chain is still there, and has a member in it."""
+    around = None if boundary is None or boundary.module is None else boundary.module()
+    return around is not None and any(module is member for module in modules_in(around))
+
+
+def _last_elsewhere(collector: nn.Module, state: ModuleState, model: nn.Module) -> str | None:
+    """The path of the last member of a collector's chain, where only that is outside the model."""
+    around = None if state.boundary is None else state.boundary.module
+    parent = None if around is None else around()
+    if parent is None or not _is_in(state.boundary, collector):
+        return None
+    inside = {id(module) for module in modules_in(model)}
+    for found in chains_in(parent):
+        if collector in found.chain.collectors and id(found.last) not in inside:
+            return found.state.path
+    return None
 
 
 def _changed(model: nn.Module, names: dict[int, str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ..rendering.html import (
     table,
     unbroken,
 )
+from ..rendering.plain import plain
 from ..rendering.tables import text_table, without_empty_columns
 from .differences import Difference
 
@@ -155,9 +156,12 @@ class VerificationReport:
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as numbers, strings, lists and dicts, for JSON."""
+        """The report as numbers, strings, lists and dicts, for JSON.
+
+        In place of a number that JSON does not have there is `"inf"`, `"-inf"` or `"nan"`.
+        """
         first = self.first_difference
-        return {
+        found = {
             "verdict": self.verdict,
             "passed": self.passed,
             "equal": self.equal,
@@ -168,6 +172,7 @@ class VerificationReport:
             "problems": list(self.problems),
             "notes": list(self.notes),
         }
+        return plain(found)  # type: ignore[no-any-return]
 
 
 def _group_as_dict(group: GroupVerification) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comparison import nothing_left_behind, unfused
+from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
@@ -19,7 +20,7 @@ from .differences import USED_UP, Difference, between, combined, difference, dif
 from .judging import judge
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, bits_of, fresh, frozen, leaves, same_bits
+from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits, tensors_in
 from .watching import Call, equal, following, noted, watched
 
 _ITSELF = (
@@ -30,6 +31,14 @@ _ITSELF = (
 _THREADS = (
     "modules were called from other threads: every kernel was judged by itself, and the calls "
     "were not followed through the model"
+)
+_WRITES = (
+    "the unfused model writes to its own parameter {!r} when it is called, so no two runs begin "
+    "alike, and nothing can be said about the fused one"
+)
+_CHANGED = (
+    "the parameter {!r} was changed by the runs and stays so: verify keeps no second copy of the "
+    "weights. Load it again"
 )
 _T = TypeVar("_T")
 
@@ -75,9 +84,14 @@ class _Ran:
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
     """Run the model unfused and fused, and find out about every difference."""
     with nothing_left_behind(ask.model) as again:
+        at_first = _sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
+        check_has_values(ask.model, tensors_in([leaf.value for leaf in theirs.output]), "verify")
         left_by_theirs = _left_in(ask.model)
+        written = [
+            name for name, value in at_first.items() if left_by_theirs.get(name, value) != value
+        ]
         again()
         ours, calls = _run(ask, watched(found))
         left_by_ours = _left_in(ask.model)
@@ -124,12 +138,18 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         result.first = None if first is None else result.groups[first.chain]
         broken = [group for group in result.groups if group.problem]
         result.problems += [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
-        if result.problems and not same:
+        if written:
+            # No two runs began alike, so there is nothing else to say.
+            result.problems = [_WRITES.format(name) for name in written]
+        elif result.problems and not same:
             again()
             with unfused(ask.model):
                 once_more, _ = _run(ask, nullcontext())
             if not _same(once_more, theirs):
                 result.problems = [_ITSELF]
+        at_last = _sums_of(ask.model.named_parameters())
+        changed = [name for name, value in at_first.items() if at_last.get(name, value) != value]
+        result.notes += [_CHANGED.format(name) for name in changed]
     if ask.run is not None:
         result.outputs = [d._replace(run=ask.run) for d in result.outputs]
         result.gradients = [d._replace(run=ask.run) for d in result.gradients]
@@ -153,11 +173,15 @@ def _run(ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True) 
 def _left_in(model: nn.Module) -> dict[str, Any]:
     """What a run leaves behind besides its output: random state, and sums of bits."""
     left: dict[str, Any] = {"the random state": torch.get_rng_state().tolist()}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if plain and not tensor.is_meta and not tensor.is_quantized:
-            left[name] = int(bits_of(tensor).sum(dtype=torch.int64))
-    return left
+    return {**left, **_sums_of((*model.named_parameters(), *model.named_buffers()))}
+
+
+def _sums_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    return {
+        name: int(bits_of(tensor).sum(dtype=torch.int64))
+        for name, tensor in tensors
+        if is_plain(tensor) and not tensor.is_meta
+    }
 
 
 def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
@@ -214,7 +238,7 @@ def _gradients(ours: _Ran, theirs: _Ran) -> list[Difference]:
     for name, theirs_ in theirs.gradients.items():
         ours_ = ours.gradients[name]
         if ours_ is not None and theirs_ is not None:
-            found.append(difference(ours_, theirs_, name))
+            found.append(difference(ours_, theirs_, name, strides=False))
         elif ours_ is not None or theirs_ is not None:
             where = "unfused" if ours_ is None else "fused"
             problem = f"only the {where} run has a gradient"

@@ -49,18 +49,35 @@ def _leaves(value: Any, path: str, open_: set[int]) -> Iterator[Leaf]:
     if parts is None or id(value) in open_:
         yield Leaf(path, value if parts is None else Kind("the same object again"))
         return
-    is_sized = isinstance(value, Sized)
-    yield Leaf(path, Kind(type(value).__qualname__, len(value) if is_sized else None))
+    yield Leaf(path, _kind(value, parts))
     open_.add(id(value))
     for name, part in parts:
         yield from _leaves(part, f"{path}.{name}" if path else str(name), open_)
     open_.discard(id(value))
 
 
+def _kind(value: Any, parts: list[tuple[Any, Any]]) -> Kind:
+    name = type(value).__qualname__
+    if isinstance(value, Tensor):
+        return Kind(f"nested {name}, {value.layout}", len(parts))
+    if _is_array_of_objects(value):
+        return Kind(f"{name} of objects, {value.shape}", len(parts))
+    return Kind(name, len(value) if isinstance(value, Sized) else None)
+
+
+def _is_array_of_objects(value: Any) -> bool:
+    """Whether it is an array of NumPy whose bytes are addresses."""
+    return bool(getattr(getattr(value, "dtype", None), "hasobject", False))
+
+
 def _parts(value: Any) -> list[tuple[Any, Any]] | None:
     """The named parts of a container or object, None for a leaf."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return list(enumerate(value.unbind()))
     if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, bytes)):
         return None
+    if _is_array_of_objects(value):
+        return list(enumerate(value.ravel().tolist()))
     if isinstance(value, _OPAQUE):
         return None
     if isinstance(value, Mapping):
@@ -86,8 +103,13 @@ def _slots_of(cls: type) -> list[str]:
 
 
 def frozen(value: Any) -> list[Leaf]:
-    """The leaves of a value, with tensors on memory of their own."""
-    return [leaf._replace(value=snapshot(leaf.value)) for leaf in leaves(value)]
+    """The leaves of a value, with tensors and arrays on memory of their own."""
+    return [leaf._replace(value=_kept(leaf.value)) for leaf in leaves(value)]
+
+
+def _kept(value: Any) -> Any:
+    is_memory = isinstance(value, bytearray) or hasattr(value, "tobytes")
+    return copy.copy(value) if is_memory else snapshot(value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -98,11 +120,27 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal in every bit: NaN by payload, 0.0 apart from -0.0."""
+    if a.is_nested or b.is_nested:
+        pairs = list(zip(a.unbind(), b.unbind(), strict=False))
+        return a.is_nested is b.is_nested and len(a.unbind()) == len(b.unbind()) == sum(
+            same_bits(p, q) for p, q in pairs
+        )
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     if a.layout is not torch.strided or b.layout is not torch.strided:
         return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
+    if a.is_meta or a.is_quantized:
+        return a.is_meta or bool(torch.equal(a, b))
     return bool(torch.equal(bits_of(a), bits_of(b)))
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides that tell one element from another; None where there are none."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return None
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    # Where there is one element, no step is taken, and any stride will do.
+    return tuple(stride if size > 1 else 0 for size, stride in pairs)
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -128,12 +166,26 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)(map_tensors(function, item) for item in value)
     if type(value) is dict:
         return {name: map_tensors(function, item) for name, item in value.items()}
-    return value
+    return value if (found := _parts(value)) is None or not found else _mapped(function, value)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """An object with tensors in it, such as a model's output, as a copy; others as they are."""
+    parts = [leaf.value for leaf in leaves(value)]
+    memo: dict[int, Any] = {id(p): p for p in parts if isinstance(p, _OPAQUE)}
+    tensors = {id(part): part for part in parts if isinstance(part, Tensor)}
+    if not tensors:
+        return value
+    memo.update({key: function(tensor) for key, tensor in tensors.items()})
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value  # It has a stream, a lock or a generator in it.
 
 
 def _on_own_memory(tensor: Tensor) -> Tensor:
     """A copy with the same strides: what computes with it may choose its way by them."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+    if not is_plain(tensor):
         return tensor.clone()
     if not tensor.numel() or tensor.is_contiguous():
         return tensor.clone(memory_format=torch.preserve_format)
@@ -168,6 +220,8 @@ def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
         part = leaf.value
         if isinstance(part, nn.Module):
             memo[id(part)] = part
+        elif isinstance(part, torch.Generator):
+            memo[id(part)] = part.clone_state()
         elif isinstance(part, Tensor) and id(part) not in memo:
             shared = counts[_storage_key(part)] > 1 and dtype is None
             memo[id(part)] = _fresh_tensor(part, dtype, storages if shared else None)
@@ -182,8 +236,14 @@ def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
         ) from error
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether strides over a storage say where its elements are."""
+    is_dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_dense and not tensor.is_nested and not tensor.is_quantized
+
+
 def _storage_key(tensor: Tensor) -> int:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+    if not is_plain(tensor):
         return id(tensor)
     return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 

@@ -17,7 +17,7 @@ from ..chain import Chain
 from ..inventory import Found, members_of
 from ..plain import ORIGINAL, original_of
 from ..spec import External
-from .structures import leaves, same_bits, snapshot
+from .structures import leaves, same_bits, snapshot, strides_of
 
 UNKNOWN = object()
 
@@ -193,10 +193,10 @@ class _Follower:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values have the same tensors, to the bit."""
+    """Whether two values have the same tensors, to the bit, with the same strides."""
     ours, theirs = leaves(a), leaves(b)
     return len(ours) == len(theirs) and all(
-        same_bits(p.value, q.value)
+        same_bits(p.value, q.value) and strides_of(p.value) == strides_of(q.value)
         for p, q in zip(ours, theirs, strict=True)
         if isinstance(p.value, Tensor) and isinstance(q.value, Tensor)
     )
