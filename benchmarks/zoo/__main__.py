@@ -1,12 +1,15 @@
 """Every architecture of transformers, tiny: whatever is fused, nothing may change.
 
+And models of timm, torchvision and diffusers.
+
 Builds each model type from a small config with random weights, fuses every pair of modules that
 are called one after the other and every norm-like and MLP-like siblings, without a kernel and
 with one that runs the members, and compares outputs and gradients to the bit; then `fuse`.
 Results go to a file as they come, so that an interrupted sweep goes on where it was.
 
     python benchmarks/zoo --jobs 2
-    python benchmarks/zoo --only 'qwen*' --results /tmp/qwen.jsonl
+    python benchmarks/zoo --only 'qwen*' --results qwen.jsonl
+    python benchmarks/zoo --library timm --only '*/vit*'
 """
 
 from __future__ import annotations
@@ -22,19 +25,27 @@ sys.path += [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "test
 
 RESULTS = HERE.parent / "results"
 
+from zoo.subset import LIBRARIES, SUBSET  # noqa: E402
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "names", nargs="*", help="model types, or models such as timm/vit_tiny_patch16_224"
+    )
     parser.add_argument("--only", metavar="PATTERN", help="model types that match, as in a shell")
     parser.add_argument("--subset", choices=["ci"], help="the architectures of the tests")
+    parser.add_argument(
+        "--library", choices=[*LIBRARIES, "others"], help="another than transformers, or all others"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--limit-seconds", type=float, default=60, help="processor time for each")
-    parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="lines of JSON")
+    parser.add_argument("--results", type=Path, help="lines of JSON; zoo.jsonl or zoo-others.jsonl")
     parser.add_argument("--again", action="store_true", help="also those that are done")
     parser.add_argument("--retry", action="store_true", help="also those that were not checked")
-    parser.add_argument("--table", action="store_true", help="write results/zoo.md and zoo.json")
+    parser.add_argument("--table", action="store_true", help="write it to results/, as JSON too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -44,11 +55,11 @@ def main() -> None:
         return
     from tqdm import tqdm
 
-    from zoo.build import architectures
-    from zoo.subset import SUBSET
     from zoo.sweep import read, sweep
 
-    names = list(SUBSET) if options.subset else architectures()
+    names = options.names or named_by(options.subset, options.library)
+    are_others = any("/" in name for name in names)
+    options.results = options.results or Path("zoo-others.jsonl" if are_others else "zoo.jsonl")
     if options.only:
         names = fnmatch.filter(names, options.only)
     done = {
@@ -69,7 +80,17 @@ def main() -> None:
     if options.table:
         from zoo import table
 
-        table.write(read(options.results), RESULTS)
+        table.write(read(options.results), RESULTS, are_others)
+
+
+def named_by(subset: str | None, library: str | None) -> list[str]:
+    """The architectures that the options name."""
+    from zoo import build, others
+
+    if library is not None:
+        libraries = LIBRARIES if library == "others" else [library]
+        return [name for library in libraries for name in others.names(library)]
+    return list(SUBSET) if subset else build.architectures()
 
 
 if __name__ == "__main__":

@@ -144,13 +144,13 @@ def build(model_type: str, class_name: str | None = None) -> Built:
             try:
                 model = _model(cls, config)
             except Exception as error:
-                failures.append(_said("build", error))
+                failures.append(said("build", error))
                 continue
             for inputs in candidates(model):
                 try:
                     run(model, inputs)
                 except Exception as error:
-                    failures.append(_said("run", error))
+                    failures.append(said("run", error))
                 else:
                     return Built(model, inputs, shrunk)
     # The first complaint about the smallest model tells most.
@@ -171,7 +171,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         return model(**inputs)
 
 
-def _said(what: str, error: Exception) -> str:
+def said(what: str, error: Exception) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{what}: {type(error).__name__}: {' '.join(lines)[:200]}"
 
@@ -188,6 +189,11 @@ def _model(cls: Any, config: Any) -> nn.Module:
     model: nn.Module = cls(config)
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         raise ValueError("too many parameters")
+    return perturbed(model)
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """The model in eval mode and float32, with noise on every parameter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -204,7 +210,7 @@ def _configs(model_type: str, failures: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             yield shrunk, small(cls, shrunk, CONFIGS.get(model_type, {}))
         except Exception as error:
-            failures.append(_said(f"config ({shrunk})", error))
+            failures.append(said(f"config ({shrunk})", error))
 
 
 def small(cls: Any, shrunk: str, fixed: dict[str, Any]) -> Any:

@@ -13,23 +13,29 @@ from typing import Any
 import transformers
 from common import machine
 
+from . import others
 from .build import architectures
 from .discover import share
+from .subset import LIBRARIES
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
 Row = dict[str, Any]
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """Write `zoo.md` and `zoo.json`."""
+def write(rows: Sequence[Row], folder: Path, are_others: bool = False) -> None:
+    """Write `zoo.md` and `zoo.json`, or `zoo-others.md` and `.json`."""
+    known = architectures()
+    if are_others:
+        known = [name for library in LIBRARIES for name in others.names(library)]
+    stem = "zoo-others" if are_others else "zoo"
     reached = {row["architecture"] for row in rows}
     missing: Row = {"status": "not reached", "error": "the sweep was ended before"}
-    rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
+    rows = [*rows, *({"architecture": n, **missing} for n in known if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
-    (folder / "zoo.md").write_text(_markdown(rows))
+    (folder / f"{stem}.md").write_text(_markdown(rows, are_others))
     lines = ",\n".join(json.dumps(_compact(row)) for row in rows)
-    (folder / "zoo.json").write_text(f"[\n{lines}\n]\n")
+    (folder / f"{stem}.json").write_text(f"[\n{lines}\n]\n")
 
 
 def missed(row: Row, family: str) -> list[tuple[str, str]]:
@@ -49,20 +55,17 @@ def missed(row: Row, family: str) -> list[tuple[str, str]]:
     return reasons
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def _markdown(rows: Sequence[Row], are_others: bool) -> str:
     checked = [row for row in rows if row["status"] == "checked"]
     rest = [row for row in rows if row["status"] != "checked"]
     parts = [
-        "# Every architecture of transformers\n",
-        f"`{COMMAND}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
-        f"{machine()}.\n",
-        "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
-        "type, with one model class. A pair is two modules called one after the other by the same "
+        *(_head_of_others() if are_others else _head()),
+        "A pair is two modules called one after the other by the same "
         "module, or a norm-like and an MLP-like child of one parent in either order; blocks that "
         "are alike count once. Each is fused by path without a kernel and with a kernel that runs "
         "the members, and outputs and gradients are compared with the unfused model's to the bit; "
         "after undoing, modules and state dict have to be what they were.\n",
-        _table(("", ""), _totals(rows, checked)),
+        _totals_by_library(rows) if are_others else _table(("", ""), _totals(rows, checked)),
         "\n## Wrong results and errors that are not typed\n",
         _table(
             ("architecture", "where", "what"),
@@ -97,6 +100,39 @@ def _markdown(rows: Sequence[Row]) -> str:
         ),
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def _head() -> list[str]:
+    return [
+        "# Every architecture of transformers\n",
+        f"`{COMMAND}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
+        f"{machine()}. Models of other libraries are in [zoo-others.md](zoo-others.md).\n",
+        "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
+        "type, with one model class.",
+    ]
+
+
+def _head_of_others() -> list[str]:
+    return [
+        "# Models of timm, torchvision and diffusers\n",
+        f"`{COMMAND} --library others`, {datetime.date.today():%Y-%m-%d}, {others.versions()}, "
+        f"{machine()}. Those of transformers are in [zoo.md](zoo.md).\n",
+        "Random weights, float32, eval mode. Of timm and torchvision the model of each module "
+        "whose name tells that it is the smallest, on small images, with two layers where it takes "
+        "their number. Of diffusers every model class, where its own tests have a tiny config.",
+    ]
+
+
+def _totals_by_library(rows: Sequence[Row]) -> str:
+    columns = {}
+    for library in LIBRARIES:
+        own = [row for row in rows if row["architecture"].startswith(f"{library}/")]
+        columns[library] = dict(_totals(own, [row for row in own if row["status"] == "checked"]))
+    labels = dict.fromkeys(label for column in columns.values() for label in column)
+    return _table(
+        ("", *columns),
+        [(label, *(column.get(label, 0) for column in columns.values())) for label in labels],
+    )
 
 
 def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import build, discover, extras
+from . import build, discover, extras, others
 from .check import Fault, check, expectation
 
 MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
@@ -24,9 +24,12 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
     start = time.process_time()
     result: dict[str, Any] = {"architecture": architecture}
     try:
-        if not build.classes_of(architecture):
+        if "/" in architecture:
+            built = others.build(architecture)
+        elif build.classes_of(architecture):
+            built = build.build(architecture)
+        else:
             return {**result, "status": "unbuildable", "error": "transformers has no model class"}
-        built = build.build(architecture)
         result["class"] = type(built.model).__name__
         result["shrunk"] = built.shrunk
         result["parameters"] = sum(p.numel() for p in built.model.parameters())
