@@ -78,9 +78,9 @@ def main() -> None:
 
         sweep(names, options.results, options.jobs, options.limit_seconds, progress)
     if options.table:
-        from zoo import table
+        from zoo import others_table, table
 
-        table.write(read(options.results), RESULTS, are_others)
+        (others_table if are_others else table).write(read(options.results), RESULTS)
 
 
 def named_by(subset: str | None, library: str | None) -> list[str]:

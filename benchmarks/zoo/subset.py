@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LIBRARIES = ("timm", "torchvision", "diffusers")
+LIBRARIES = ("diffusers", "timm", "torchvision")
 
 SUBSET = (
     # Norm, attention, norm, MLP; norms around both; parallel; norm after.

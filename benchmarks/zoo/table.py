@@ -13,29 +13,23 @@ from typing import Any
 import transformers
 from common import machine
 
-from . import others
 from .build import architectures
 from .discover import share
-from .subset import LIBRARIES
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
 Row = dict[str, Any]
 
 
-def write(rows: Sequence[Row], folder: Path, are_others: bool = False) -> None:
-    """Write `zoo.md` and `zoo.json`, or `zoo-others.md` and `.json`."""
-    known = architectures()
-    if are_others:
-        known = [name for library in LIBRARIES for name in others.names(library)]
-    stem = "zoo-others" if are_others else "zoo"
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write `zoo.md` and `zoo.json`."""
     reached = {row["architecture"] for row in rows}
     missing: Row = {"status": "not reached", "error": "the sweep was ended before"}
-    rows = [*rows, *({"architecture": n, **missing} for n in known if n not in reached)]
+    rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
-    (folder / f"{stem}.md").write_text(_markdown(rows, are_others))
+    (folder / "zoo.md").write_text(_markdown(rows))
     lines = ",\n".join(json.dumps(_compact(row)) for row in rows)
-    (folder / f"{stem}.json").write_text(f"[\n{lines}\n]\n")
+    (folder / "zoo.json").write_text(f"[\n{lines}\n]\n")
 
 
 def missed(row: Row, family: str) -> list[tuple[str, str]]:
@@ -55,17 +49,28 @@ def missed(row: Row, family: str) -> list[tuple[str, str]]:
     return reasons
 
 
-def _markdown(rows: Sequence[Row], are_others: bool) -> str:
+def _markdown(rows: Sequence[Row]) -> str:
     checked = [row for row in rows if row["status"] == "checked"]
     rest = [row for row in rows if row["status"] != "checked"]
     parts = [
-        *(_head_of_others() if are_others else _head()),
-        "A pair is two modules called one after the other by the same "
+        "# Every architecture of transformers\n",
+        f"`{COMMAND}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
+        f"{machine()}.\n",
+        "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
+        "type, with one model class. A pair is two modules called one after the other by the same "
         "module, or a norm-like and an MLP-like child of one parent in either order; blocks that "
         "are alike count once. Each is fused by path without a kernel and with a kernel that runs "
         "the members, and outputs and gradients are compared with the unfused model's to the bit; "
         "after undoing, modules and state dict have to be what they were.\n",
-        _totals_by_library(rows) if are_others else _table(("", ""), _totals(rows, checked)),
+        _table(("", ""), _totals(rows, checked)),
+        *sections(checked, rest),
+    ]
+    return "\n".join(parts)
+
+
+def sections(checked: Sequence[Row], rest: Sequence[Row]) -> list[str]:
+    """All that comes after the totals."""
+    parts = [
         "\n## Wrong results and errors that are not typed\n",
         _table(
             ("architecture", "where", "what"),
@@ -99,40 +104,7 @@ def _markdown(rows: Sequence[Row], are_others: bool) -> str:
             [(r["architecture"], r["status"], r.get("error", "")) for r in rest],
         ),
     ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def _head() -> list[str]:
-    return [
-        "# Every architecture of transformers\n",
-        f"`{COMMAND}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
-        f"{machine()}. Models of other libraries are in [zoo-others.md](zoo-others.md).\n",
-        "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
-        "type, with one model class.",
-    ]
-
-
-def _head_of_others() -> list[str]:
-    return [
-        "# Models of timm, torchvision and diffusers\n",
-        f"`{COMMAND} --library others`, {datetime.date.today():%Y-%m-%d}, {others.versions()}, "
-        f"{machine()}. Those of transformers are in [zoo.md](zoo.md).\n",
-        "Random weights, float32, eval mode. Of timm and torchvision the model of each module "
-        "whose name tells that it is the smallest, on small images, with two layers where it takes "
-        "their number. Of diffusers every model class, where its own tests have a tiny config.",
-    ]
-
-
-def _totals_by_library(rows: Sequence[Row]) -> str:
-    columns = {}
-    for library in LIBRARIES:
-        own = [row for row in rows if row["architecture"].startswith(f"{library}/")]
-        columns[library] = dict(_totals(own, [row for row in own if row["status"] == "checked"]))
-    labels = dict.fromkeys(label for column in columns.values() for label in column)
-    return _table(
-        ("", *columns),
-        [(label, *(column.get(label, 0) for column in columns.values())) for label in labels],
-    )
+    return parts
 
 
 def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]]:
@@ -194,8 +166,16 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _family(row: Row, family: str) -> str:
-    outcomes = Counter(g["outcome"] for g in row["groups"] if g["family"] == family)
-    return ", ".join(f"{n} {name}" for name, n in outcomes.items())
+    """How many groups ran on the kernel, and why the others did not."""
+    counts = Counter(
+        (g["outcome"], None if g["outcome"] == "kernel" else g["reason"])
+        for g in row["groups"]
+        if g["family"] == family
+    )
+    return "; ".join(
+        f"{n} {outcome}: {reason}" if reason else f"{n} {outcome}"
+        for (outcome, reason), n in counts.items()
+    )
 
 
 def _compact(row: Row) -> Row:
