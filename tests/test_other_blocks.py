@@ -20,7 +20,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from support import mapped, members_kernel
-from zoo import check, discover
+from zoo import check, discover, others
 from zoo.build import Built, perturbed
 
 from module_fusion import fuse, fuse_modules, report
@@ -559,3 +559,15 @@ def test_attention_of_torch_that_takes_another_way_for_captured_outputs_gets_non
     group = report(model).groups[0]
     assert (group.kernel_calls, group.member_calls) == (0, 1)
     assert "computes in another way then" in str(group.reason)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_vision_transformer_of_timm_has_its_patch_embedding_on_the_kernel() -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = others.build("timm/vit_tiny_patch16_224")
+    found = check.check(model, check.expectation(model), FOREVER)
+    assert found["faults"] == []
+    assert len(found["pairs"]) == found["of_pairs"] > 0
+    on_kernel = [group["paths"] for group in found["groups"] if group["outcome"] == "kernel"]
+    assert on_kernel == [["patch_embed.proj"]]
+    assert discover.patch_embeddings(model) == ["patch_embed.proj"]
