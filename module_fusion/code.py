@@ -9,6 +9,7 @@ import inspect
 import linecache
 import sys
 import textwrap
+from collections.abc import Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import get_ignored_functions
 
-from .bytecode import Load, callees_of, layers_of, loads_in, self_of
+from .bytecode import Load, callees_of, function_of, is_of_torch, layers_of, loads_in, self_of
 
 # An `isinstance` with these alone is false of a tensor and of a value that stands for one.
 _NOT_TENSORS = frozenset(
@@ -90,6 +91,38 @@ def _what_asks_for_type(cls: Any) -> str | None:
             return function.__qualname__
         pending += callees_of(function, owner)
     return None
+
+
+def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]) -> str | None:
+    """The name of a module of torch that may get a captured output and treats it in another way.
+
+    Attention and its layers in torch ask `has_torch_function`, and what has one goes a slower
+    way, which rounds differently and fills padding differently. A module that the code calls
+    before any member whose output is captured gets none.
+    """
+    function = function_of(type(module).forward)
+    order = {} if function is None else call_order(function.__code__)
+    ids, collectors = set(map(id, members)), set(map(id, members[:-1]))
+    asking: dict[str, str] = {}
+    first = len(order)
+    for name, child in module._modules.items():
+        pending = [] if child is None else [child]
+        while pending:
+            current = pending.pop()
+            if id(current) in collectors:
+                first = min(first, order.get(name, -1))
+            if id(current) not in ids:
+                pending.extend(current.children())
+                if any(map(_has_a_way_of_its_own, type(current).__mro__)):
+                    asking[name] = type(current).__name__
+    late = (cls for name, cls in asking.items() if not order.get(name, first) < first)
+    return next(late, None)
+
+
+def _has_a_way_of_its_own(cls: Any) -> bool:
+    function = function_of(cls.__dict__.get("forward"))
+    names = () if function is None else function.__code__.co_names
+    return is_of_torch(function) and "has_torch_function" in names
 
 
 @lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ from .chain import Chain
 from .code import (
     call_order,
     code_that_asks_for_type,
+    module_with_a_way_of_its_own,
 )
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found, modules_in
@@ -253,7 +254,10 @@ def _refusal_to_capture(
     if boundary is None:
         return "no module around the members has a forward of its own class, to capture calls in"
     asking = code_that_asks_for_type(boundary[1], set(map(id, members)), known)
-    return f"{asking} asks for type(...), which a captured output cannot answer" if asking else None
+    if asking:
+        return f"{asking} asks for type(...), which a captured output cannot answer"
+    other = module_with_a_way_of_its_own(boundary[1], members)
+    return f"{other} may get a captured output, and computes in another way then" if other else None
 
 
 def _existing(group: Group, chain: Chain) -> Chain | None:

@@ -670,6 +670,41 @@ def test_which_child_feeds_which_is_read_from_the_source() -> None:
     assert feeding_pairs(model) == [("0", "1")]
 
 
+class Loops(nn.Module):
+    """Children that are taken from containers; each loop has its own containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("norms", "mlps", "more", "others"):
+            setattr(self, name, nn.ModuleList(nn.Linear(2, 2) for _ in range(2)))
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)] * 3) for _ in range(2))
+        self.norm, self.tail = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = x + mlp(norm(x))
+        for i, other in enumerate(self.others):
+            h = self.more[i](x)
+            x = x + other(h)
+        for first, attention, last in self.layers:
+            x = x + attention(x)
+            x = x + last(first(x))
+        norm = self.norm
+        x = self.tail(norm(x))
+        for norm, _ in [(x, x)]:
+            x = self.tail(norm(x))
+        return x
+
+
+def test_which_child_feeds_which_is_read_from_loops_over_containers() -> None:
+    assert set(feeding_pairs(Loops())) == {
+        *((f"norms.{i}", f"mlps.{i}") for i in "01"),
+        *((f"more.{i}", f"others.{i}") for i in "01"),
+        *((f"layers.{i}.0", f"layers.{i}.2") for i in "01"),
+        ("norm", "tail"),
+    }
+
+
 def test_a_chain_of_the_family_in_another_chain_already_is_skipped_with_the_reason(
     llama: nn.Module,
 ) -> None:

@@ -174,6 +174,11 @@ def _model(cls: Any, config: Any) -> nn.Module:
     model: nn.Module = cls(config)
     if sum(p.numel() for p in model.parameters()) > LARGER:
         raise ValueError("too many parameters")
+    return perturbed(model)
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """The model in eval mode and float32, with noise on every parameter."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

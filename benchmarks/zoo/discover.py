@@ -5,6 +5,7 @@ Nothing of the package is used: this is what its discovery is measured with.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -167,7 +168,8 @@ def _output(module: nn.Module, x: Tensor, shape: torch.Size) -> Tensor | None:
     """What it makes of rows `(rows, features)`, given in the number of dimensions it takes."""
     try:
         with torch.no_grad():
-            out = module(x.view(*(1,) * (len(shape) - 2), *x.shape))
+            # Of a copy: some keep what they were given for the next call.
+            out = copy.deepcopy(module)(x.view(*(1,) * (len(shape) - 2), *x.shape))
     except Exception:
         return None
     return out.reshape(x.shape) if isinstance(out, Tensor) and out.numel() == x.numel() else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LIBRARIES = ("diffusers", "timm", "torchvision")
+
 SUBSET = (
     # Norm, attention, norm, MLP; norms around both; parallel; norm after.
     "llama", "qwen3", "gemma2", "phi3", "glm4", "olmo2", "cohere", "gptj", "gpt_neox", "falcon",

@@ -64,6 +64,11 @@ def read(results: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def checked_in(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """The architectures that were checked."""
+    return {row["architecture"] for row in rows if row["status"] == "checked"}
+
+
 class Worker:
     """A process that examines architectures, one after the other."""
 

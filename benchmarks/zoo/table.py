@@ -66,6 +66,14 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
         "the members, and outputs and gradients are compared with the unfused model's to the bit; "
         "after undoing, modules and state dict have to be what they were.\n",
         _table(("", ""), _totals(rows, checked)),
+        *sections(checked, rest),
+    ]
+    return "\n".join(parts)
+
+
+def sections(checked: Sequence[Row], rest: Sequence[Row]) -> list[str]:
+    """All that comes after the totals."""
+    parts = [
         "\n## Wrong results and errors that are not typed\n",
         _table(
             ("architecture", "where", "what"),
@@ -99,7 +107,7 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
             [(r["architecture"], r["status"], r.get("why", ""), r.get("error", "")) for r in rest],
         ),
     ]  # fmt: skip
-    return "\n".join(parts)
+    return parts
 
 
 def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]]:
@@ -182,8 +190,16 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _family(row: Row, family: str) -> str:
-    outcomes = Counter(g["outcome"] for g in row["groups"] if g["family"] == family)
-    return ", ".join(f"{n} {name}" for name, n in outcomes.items())
+    """How many groups ran on the kernel, and why the others did not."""
+    counts = Counter(
+        (g["outcome"], None if g["outcome"] == "kernel" else g["reason"])
+        for g in row["groups"]
+        if g["family"] == family
+    )
+    return "; ".join(
+        f"{n} {outcome}: {reason}" if reason else f"{n} {outcome}"
+        for (outcome, reason), n in counts.items()
+    )
 
 
 def _compact(row: Row) -> Row:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import build, discover, extras
+from . import build, discover, extras, others
 from .check import Fault, check, expectation
 from .classes import classes_of
 from .heads import check_others
@@ -27,9 +27,12 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
     start = time.process_time()
     result: dict[str, Any] = {"architecture": architecture}
     try:
-        if not classes_of(architecture):
+        if "/" in architecture:
+            built = others.build(architecture)
+        elif classes_of(architecture):
+            built = build.build(architecture)
+        else:
             return {**result, "status": "unbuildable", "error": "no class", "why": why([])}
-        built = build.build(architecture)
         result["class"] = type(built.model).__name__
         result["shrunk"] = built.shrunk
         if built.part_of is not None:
@@ -55,7 +58,7 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
             result[name] = checked(built, expected, _pair_on_kernel(result))
         except Fault as fault:
             result["faults"].append({"what": name, "fault": str(fault)})
-    if built.part_of is None:
+    if built.part_of is None and "/" not in architecture:
         result["others"] = check_others(architecture, built, seen, start + seconds)
         result["faults"] += [fault for row in result["others"] for fault in row.pop("faults", ())]
     result["status"] = "checked"

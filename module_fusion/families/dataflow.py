@@ -11,53 +11,53 @@ import inspect
 import itertools
 import textwrap
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from ..bytecode import layers_of, loads_in, methods_of, self_of
 
-_Sources = dict[str, frozenset[str]]
+# The way from a module to a child in it: names, and variables as `$name`.
+_Steps = tuple[str, ...]
+_Sources = dict[str, frozenset[_Steps]]
 
 
 def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Paths of children of which the first's output goes straight to the second.
 
     A child is named as in `self.norm(x)`, or taken from a container by a constant or a variable,
-    as in `self.norms[0](x)` and `self.norms[i](x)`. Variables stand for every index.
+    as in `self.norms[0](x)`, `self.norms[i](x)` and `for norm, mlp in self.layers`. Variables
+    stand for every index.
     """
     if isinstance(module, nn.Sequential):
         names = [name for name, child in module._modules.items() if child is not None]
         return list(itertools.pairwise(names))
     cls: Any = type(module)
-    return [pair for names in _pairs_of(cls) for pair in _expanded(module, *names)]
+    return [pair for ways in _pairs_of(cls) for pair in _expanded(module, *ways)]
 
 
-def _expanded(module: nn.Module, first: str, second: str) -> list[tuple[str, str]]:
-    """The paths that two names stand for, which may have the same variable as index."""
-    producers, consumers = _children(module, first), _children(module, second)
-    if _variable(first) and _variable(first) == _variable(second):
-        return [(producers[key], consumers[key]) for key in producers if key in consumers]
-    return list(itertools.product(producers.values(), consumers.values()))
+def _expanded(module: nn.Module, first: _Steps, second: _Steps) -> list[tuple[str, str]]:
+    """The paths that two ways stand for; a variable in both is the same index."""
+    return [
+        (producer, consumer)
+        for known, producer in _places(module, first)
+        for also, consumer in _places(module, second)
+        if all(known.get(variable, key) == key for variable, key in also.items())
+    ]
 
 
-def _children(module: nn.Module, name: str) -> dict[str, str]:
-    """The paths of the children that a name stands for, by their index."""
-    name, bracket, index = name.partition("[")
-    child = module._modules.get(name)
-    if child is None:
-        return {}
-    if not bracket:
-        return {"": name}
-    if _variable(f"{name}[{index}"):
-        return {key: f"{name}.{key}" for key in child._modules}
-    key = str(ast.literal_eval(index[:-1]))
-    return {key: f"{name}.{key}"} if key in child._modules else {}
-
-
-def _variable(name: str) -> str:
-    index = name.partition("[")[2][:-1]
-    return index if index.isidentifier() else ""
+def _places(module: nn.Module, steps: _Steps) -> list[tuple[dict[str, str], str]]:
+    """The paths of the children that a way leads to, each with what its variables are there."""
+    places: list[tuple[dict[str, str], list[str], nn.Module]] = [({}, [], module)]
+    for step in steps:
+        is_variable = step.startswith("$")
+        places = [
+            ({**known, step: key} if is_variable else known, [*path, key], child)
+            for known, path, here in places
+            for key, child in here._modules.items()
+            if child is not None and key == (known.get(step, key) if is_variable else step)
+        ]
+    return [(known, ".".join(path)) for known, path, _ in places]
 
 
 def forget_sources() -> None:
@@ -66,8 +66,8 @@ def forget_sources() -> None:
 
 
 @lru_cache(maxsize=4096)
-def _pairs_of(cls: Any) -> tuple[tuple[str, str], ...]:
-    pairs: dict[tuple[str, str], None] = {}
+def _pairs_of(cls: Any) -> tuple[tuple[_Steps, _Steps], ...]:
+    pairs: dict[tuple[_Steps, _Steps], None] = {}
     pending, seen = layers_of(cls.forward), set()
     while pending:
         function = pending.pop()
@@ -94,7 +94,8 @@ class _Flow:
 
     def __init__(self, me: str) -> None:
         self.me = me
-        self.pairs: list[tuple[str, str]] = []
+        self.pairs: list[tuple[_Steps, _Steps]] = []
+        self.children: dict[str, _Steps] = {}  # Variables that are children.
 
     def run(self, body: list[ast.stmt], sources: _Sources) -> _Sources:
         for statement in body:
@@ -108,6 +109,8 @@ class _Flow:
             if isinstance(block := getattr(statement, name, None), list)
         ]
         blocks += [handler.body for handler in getattr(statement, "handlers", [])]
+        if isinstance(statement, ast.For):
+            self._bind_each(statement.target, statement.iter)
         if blocks:
             merged = dict(sources)
             for block in blocks:
@@ -119,6 +122,7 @@ class _Flow:
             origin = self._origin(statement.value, sources)
             for target in statement.targets:
                 self._assign(target, origin, sources)
+                self._bind(target, self._child(statement.value))
         else:
             for node in ast.iter_child_nodes(statement):
                 if isinstance(node, ast.expr):
@@ -127,14 +131,37 @@ class _Flow:
                 self._assign(statement.target, frozenset(), sources)
         return sources
 
-    def _assign(self, target: ast.expr, origin: frozenset[str], sources: _Sources) -> None:
+    def _bind_each(self, target: ast.expr, iterable: ast.expr) -> None:
+        """The variables of a loop over children, also over several in step and with a number."""
+        index = f"$line {target.lineno}"
+        if _is_call(iterable, "enumerate") and isinstance(target, ast.Tuple):
+            index = f"${ast.unparse(target.elts[0])}"
+            target, iterable = target.elts[-1], iterable.args[0]
+        if _is_call(iterable, "zip") and isinstance(target, ast.Tuple):
+            for item, container in zip(target.elts, iterable.args, strict=False):
+                self._bind(item, self._child(container), index)
+        else:
+            self._bind(target, self._child(iterable), index)
+
+    def _bind(self, target: ast.expr, child: _Steps | None, *index: str) -> None:
+        """Remember that a variable is a child, or that it is not."""
+        steps = None if child is None else (*child, *index)
+        if isinstance(target, ast.Name):
+            self.children.pop(target.id, None)
+            if steps is not None:
+                self.children[target.id] = steps
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            for position, item in enumerate(target.elts):
+                self._bind(item, steps, str(position))
+
+    def _assign(self, target: ast.expr, origin: frozenset[_Steps], sources: _Sources) -> None:
         if isinstance(target, ast.Name):
             sources[target.id] = origin
         elif isinstance(target, (ast.Tuple, ast.List)):
             for item in target.elts:
                 self._assign(item, frozenset(), sources)
 
-    def _origin(self, node: ast.expr, sources: _Sources) -> frozenset[str]:
+    def _origin(self, node: ast.expr, sources: _Sources) -> frozenset[_Steps]:
         """The children whose output an expression may be; notes whom it is given to."""
         if isinstance(node, ast.Name):
             return sources.get(node.id, frozenset())
@@ -154,15 +181,21 @@ class _Flow:
         self.pairs += [(name, child) for names in given for name in sorted(names)]
         return frozenset([child])
 
-    def _child(self, function: ast.expr) -> str | None:
-        """`norm` for `self.norm`, `norms[i]` for `self.norms[i]`, None for anything else."""
-        index = ""
-        if isinstance(function, ast.Subscript):
-            taken = function.slice
-            is_constant = isinstance(taken, ast.Constant) and type(taken.value) in (int, str)
-            if not is_constant and not isinstance(taken, ast.Name):
-                return None
-            function, index = function.value, f"[{ast.unparse(taken)}]"
-        if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Name):
+    def _child(self, node: ast.expr) -> _Steps | None:
+        """The way to `self.norm`, `self.norms[i]` or a variable that is a child, else None."""
+        if isinstance(node, ast.Name):
+            return self.children.get(node.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            return (node.attr,) if node.value.id == self.me else None
+        if not isinstance(node, ast.Subscript):
             return None
-        return function.attr + index if function.value.id == self.me else None
+        around, taken = self._child(node.value), node.slice
+        if around is None:
+            return None
+        if isinstance(taken, ast.Constant) and type(taken.value) in (int, str):
+            return (*around, str(taken.value))
+        return (*around, f"${taken.id}") if isinstance(taken, ast.Name) else None
+
+
+def _is_call(node: ast.expr, name: str) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == name and bool(node.args)
