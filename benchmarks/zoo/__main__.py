@@ -62,7 +62,7 @@ def main() -> None:
         return
     from tqdm import tqdm
 
-    from zoo import others
+    from zoo.diffusers_configs import CHECKOUT
     from zoo.sweep import checked_in, read, sweep
 
     names = options.names or named_by(options.subset, options.library)
@@ -71,7 +71,7 @@ def main() -> None:
     if options.only:
         names = fnmatch.filter(names, options.only)
     if options.diffusers:
-        os.environ[others.CHECKOUT] = str(options.diffusers.resolve())
+        os.environ[CHECKOUT] = str(options.diffusers.resolve())
     done = {
         row["architecture"]
         for row in read(options.results)
