@@ -480,7 +480,7 @@ def test_every_pair_and_every_family_changes_no_bit_and_is_undone_exactly(name: 
 
 @examples
 def test_fuse_finds_the_rms_norm_and_gated_mlp_alone_and_runs_its_kernel(name: str) -> None:
-    example, (model, inputs, _) = EXAMPLES[name], built(name)
+    example, (model, inputs, *_) = EXAMPLES[name], built(name)
     expected = model(**inputs)
     result = fuse(model)
     skipped = {group.paths: str(group.reason) for group in result.skipped}
