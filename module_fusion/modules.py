@@ -320,7 +320,8 @@ def _swapped_class(
         metaclass: Any = type(original)
         cls = metaclass(name, (*mixins, original), namespace)
         assert cls is not None
-        cls.__qualname__ = original.__qualname__ if role is None else name
+        # Registries of classes by `str(cls)`, as that of recorded outputs in transformers.
+        cls.__qualname__ = original.__qualname__
         _wrap_as_subclasses_are(cls, original)
         cls = _CLASSES.setdefault(key, cls)
     return cls

@@ -261,6 +261,15 @@ def test_other_models_other_layers_and_the_classes_are_untouched(model: Model, x
     assert {cls: dict(vars(cls)) for cls in classes} == classes
 
 
+def test_registries_that_know_classes_by_their_text_know_the_swapped_ones(model: Model) -> None:
+    modules = list(model.modules())
+    texts = [str(type(module)) for module in modules]
+    with mapped(Kernel=WeightKernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    assert [str(type(module)) for module in modules] == texts
+    assert type(model.layers[0].mlp).__name__ == "FusedModule[Mlp]"
+
+
 def test_swapped_classes_are_made_once_and_freed_with_the_last_module(x: Tensor) -> None:
     class Local(nn.Linear):
         pass

@@ -530,6 +530,23 @@ def test_recorded_hidden_states_have_the_same_bits(name: str, device: str) -> No
     assert same_bits(outputs(model, inputs, **options), expected)
 
 
+@devices
+@pytest.mark.parametrize("kernel", [None, "MembersKernel"])
+def test_hidden_states_that_a_member_itself_records_are_all_there(
+    kernel: str | None, device: str
+) -> None:
+    """The base model and the head are a chain; the record is looked up by the model's class."""
+    model = build("llama", device)
+    inputs = inputs_of("llama", model)
+    options: dict[str, Any] = {"output_hidden_states": True}
+    fuse_modules(model, ["model", "lm_head"], kernel=kernel)
+    found = outputs(model, inputs, **options)
+    unfuse_modules(model)
+    expected = outputs(model, inputs, **options)
+    assert len(expected) > LAYERS
+    assert same_bits(found, expected)
+
+
 def generated(model: nn.Module, inputs: Inputs, cache: str) -> list[Tensor]:
     """Tokens (batch, tokens + new tokens), and the logits of each step."""
     result = model.generate(
