@@ -25,7 +25,7 @@ from .parts import around, called_inside
 logging.set_verbosity_error()
 
 LARGEST = 32_000_000  # Parameters of a model that is still called tiny.
-SECONDS = 15  # Of processor time, after which nothing more is tried.
+SECONDS = 8  # Of processor time, after which nothing more is tried.
 LARGER = 100_000_000  # Of one that is taken where no smaller one runs.
 # What is said where an input is missing.
 MISSING = re.compile(r"None|missing|specify|required|provide|passed")
