@@ -82,7 +82,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        result = examine(*json.loads(line))
+        architecture, seconds = json.loads(line)
+        try:
+            result = examine(architecture, seconds)
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error)[:300]}"
+            result = {"architecture": architecture, "status": "crashed", "error": said}
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         answers.write(json.dumps(result) + "\n")
         answers.flush()
