@@ -30,7 +30,7 @@ from .deferred import (
     materialise,
 )
 from .errors import FusionError, NotFusableError
-from .plain import ORIGINAL, MemberForm, has_hooks, original_of, why_not_under
+from .plain import ORIGINAL, SHOWN, MemberForm, has_hooks, original_of, shown_name, why_not_under
 from .tracing import Speculation
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ class _Swapped(_Mixin):
     def __init_subclass__(cls, **options: Any) -> None:
         """Classes that keep a register of their subclasses do not hear of a swapped one."""
 
+    def _get_name(self) -> str:
+        return shown_name(type(self))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         fusion: ModuleState | None = self.__dict__.get(KEY)
@@ -134,7 +137,7 @@ class _Swapped(_Mixin):
         if function is not _NEWOBJ or arguments[0] is not type(self):
             raise FusionError(
                 f"{state.path!r} cannot be copied or pickled while it is fused, because "
-                f"{type(self).__name__} has a __reduce__ of its own or changed its class after "
+                f"{shown_name(type(self))} has a __reduce__ of its own or changed its class after "
                 f"fusing. Copy first, or unfuse first: unfuse_modules(model)."
             )
         roles = (state.role, state.boundary_of > 0)
@@ -148,7 +151,7 @@ class RegistryCollector(_Swapped):
     one per name in `ModuleSpec.outputs`) and computes nothing. Otherwise, and whenever the
     module is not plain or its inputs could change unnoticed, it runs as it always did.
 
-    Mixed into a subclass of the member's own class, named `RegistryCollector[LlamaRMSNorm]`.
+    Mixed into a subclass of the member's own class, shown as `RegistryCollector[LlamaRMSNorm]`.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +176,7 @@ class FusedModule(_Swapped):
     call, or where the values it is given are not the untouched outputs of the collectors.
     `report(model)` tells which, and why.
 
-    Mixed into a subclass of the member's own class, named `FusedModule[LlamaMLP]`. With a
+    Mixed into a subclass of the member's own class, shown as `FusedModule[LlamaMLP]`. With a
     kernel, `fused_kernel` is the module in the kernel's seat: `named_modules()` yields it, as
     `kernels.kernelize` needs, but it is no entry of `_modules`, so that members which go
     through their own children, such as `nn.Sequential`, do not run it.
@@ -209,7 +212,7 @@ class FusedModule(_Swapped):
         """The module in the kernel's seat."""
         seat = self._seat()
         if seat is None:
-            raise AttributeError(f"{type(self).__name__!r} was fused without a kernel")
+            raise AttributeError(f"{shown_name(type(self))!r} was fused without a kernel")
         return seat  # type: ignore[no-any-return]
 
     def named_modules(
@@ -239,11 +242,7 @@ class FusedModule(_Swapped):
 
 
 class _Boundary(_Swapped):
-    """The module around a chain: calls are captured, and their values used, in its `forward`.
-
-    Keeps the name of its original class, because schemes that wrap modules by class name
-    (FSDP policies, `_no_split_modules`) look for it.
-    """
+    """The module around a chain: calls are captured, and their values used, in its `forward`."""
 
 
 def state_of(module: nn.Module) -> ModuleState | None:
@@ -312,15 +311,16 @@ def _swapped_class(
             "__module__": original.__module__,
             "__doc__": original.__doc__,
             ORIGINAL: original,
+            SHOWN: f"{role.__name__}[{original.__name__}]" if role else original.__name__,
         }
         if is_boundary:
             namespace["forward"] = _guarded_forward(original)
         mixins = tuple(mixin for mixin in (role, _Boundary if is_boundary else None) if mixin)
-        name = f"{role.__name__}[{original.__name__}]" if role else original.__name__
         metaclass: Any = type(original)
-        cls = metaclass(name, (*mixins, original), namespace)
+        # What goes by the name or the text of a class finds it as before: registries, wrapping
+        # policies of FSDP and accelerate, the `architectures` in a config.
+        cls = metaclass(original.__name__, (*mixins, original), namespace)
         assert cls is not None
-        # Registries of classes by `str(cls)`, as that of recorded outputs in transformers.
         cls.__qualname__ = original.__qualname__
         _wrap_as_subclasses_are(cls, original)
         cls = _CLASSES.setdefault(key, cls)

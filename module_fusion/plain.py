@@ -22,6 +22,7 @@ from .context import Context
 from .effects import Effect, Read, effect_of, reads_of, settings_of
 
 ORIGINAL = "_fusion_original_class"
+SHOWN = "_fusion_shown_name"
 # What `calling_context` gives outside of every mode, transform and trace.
 _USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)
 _USUAL_WITHOUT_GRAD = (False, *_USUAL[1:])
@@ -247,6 +248,11 @@ def original_of(cls: type) -> Any:
     A class that someone put on top of a swapped one counts as a class of its own.
     """
     return cls.__dict__.get(ORIGINAL, cls)
+
+
+def shown_name(cls: type) -> str:
+    """How a class is called in a `repr` and in messages: `FusedModule[LlamaMLP]`."""
+    return str(cls.__dict__.get(SHOWN, cls.__name__))
 
 
 def why_not_under(context: Context) -> str | None:

@@ -23,6 +23,7 @@ from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found, modules_in
 from .modules import KEY, FusedModule, expected_class, original_class, state_of
 from .paths import Group, check_paths
+from .plain import shown_name
 from .seat import check_roles
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
 from .tracing import Speculation
@@ -147,7 +148,7 @@ def _check_class(path: str, module: nn.Module) -> None:
     if state is not None and type(module) is not expected_class(state):
         raise NotFusableError(
             f"The class of {path!r} is {type(module).__name__}; it was "
-            f"{expected_class(state).__name__} when it was fused. Undo first what changed it "
+            f"{shown_name(expected_class(state))} when it was fused. Undo first what changed it "
             f"since, then fuse."
         )
     if state is None and is_parametrized(module):
@@ -279,8 +280,8 @@ def _existing(group: Group, chain: Chain) -> Chain | None:
         state = state_of(module)
         if state is not None and state.role is not None:
             raise AlreadyFusedError(
-                f"{path!r} belongs to another chain: it is a {type(module).__name__}. Take that "
-                f"one back first: unfuse_modules(model, [{path!r}])."
+                f"{path!r} belongs to another chain: it is a {shown_name(type(module))}. Take "
+                f"that one back first: unfuse_modules(model, [{path!r}])."
             )
     return None
 

@@ -31,6 +31,7 @@ from .modules import (
     state_of,
 )
 from .paths import check_paths, find_groups, find_modules
+from .plain import shown_name
 from .planning import Job, check_no_overlap, make_jobs, roles_and_paths
 from .report import FusionReport, GroupReport
 from .spec import ModuleSpec
@@ -214,10 +215,10 @@ def fused(
         >>> from torch import nn
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
         >>> with fused(model, ["0", "1"]) as report:
-        ...     type(model[1]).__name__
-        'FusedModule[Linear]'
-        >>> type(model[1]).__name__
-        'Linear'
+        ...     model[1]
+        FusedModule[Linear](in_features=8, out_features=8, bias=True)
+        >>> model[1]
+        Linear(in_features=8, out_features=8, bias=True)
     """
     if "dry_run" in options:
         raise FusionError(
@@ -387,7 +388,7 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], others: Sequence[nn.M
             names = {id(m): name for name, m in model.named_modules()}
             raise UnfuseError(
                 f"The class of {(names.get(id(module)) or state.path)!r} is "
-                f"{type(module).__name__}; it was {expected_class(state).__name__} when it was "
+                f"{type(module).__name__}; it was {shown_name(expected_class(state))} when it was "
                 f"fused. Undo first what changed it since, then unfuse."
             )
     for found in chains:

@@ -130,7 +130,7 @@ def test_a_plain_save_keeps_the_config_and_the_bytes_both_ways(
     assert stored(tmp_path / "fused") == {"families": [["packed_norm_mlp", True]]}
     plain, info = LlamaForCausalLM.from_pretrained(tmp_path / "fused", output_loading_info=True)
     assert not any(info.values())
-    assert type(plain.model.layers[0].mlp).__name__ == "LlamaMLP"
+    assert not report(plain).groups
     plain.save_pretrained(tmp_path / "plain again")
     assert file_of(tmp_path / "plain again") == file_of(folder)
     again = from_pretrained(LlamaForCausalLM, tmp_path / "plain again")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..inventory import Found, chains_in, members_of, modules_in, strays_in
 from ..modules import ModuleState, expected_class, state_of
-from ..plain import original_of
+from ..plain import original_of, shown_name
 
 _PART = (
     "{!r} is outside the module given to verify, and is fused with {!r}, which is in it. Give the "
@@ -91,7 +91,7 @@ def _changed(model: nn.Module, names: dict[int, str]) -> Iterator[str]:
         if state is not None and not isinstance(module, expected_class(state)):
             yield (
                 f"the class of {names.get(id(module), state.path)!r} was changed after fusing: it "
-                f"is {type(module).__name__}, and was {expected_class(state).__name__}. Give it "
+                f"is {type(module).__name__}, and was {shown_name(expected_class(state))}. Give it "
                 f"its class back, unfuse_modules(model), then change it and fuse again"
             )
 
