@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import module_fusion
-from module_fusion import FusionError, fuse, fuse_modules, report, unfuse_modules, verify
+from module_fusion import (
+    FusedModule,
+    FusionError,
+    fuse,
+    fuse_modules,
+    report,
+    unfuse_modules,
+    verify,
+)
 
 
 class Inexact(WeightKernel):
