@@ -9,7 +9,7 @@ import inspect
 import linecache
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
@@ -26,6 +26,10 @@ _NOT_TENSORS = frozenset(
 
 # Where torch keeps its operations. What else is built in, such as the `apply` of an
 # `autograd.Function`, believes the answer.
+_WAYS_TO_ANY_CHILD = {
+    "_modules", "modules", "named_modules", "children", "named_children", "get_submodule",
+    "__dict__", "vars", "getattr",
+}  # fmt: skip
 _OPERATIONS = tuple(f"torch._C._{name}" for name in ("nn", "special", "linalg", "fft"))
 
 
@@ -52,10 +56,14 @@ def _asks_for_type(load: Load) -> bool:
     return load.kind == "global" and load.name == "type" and load.given != frozenset()
 
 
+def _asks_for_torch_function(load: Load) -> bool:
+    return any("has_torch_function" in name for name in (load.name, *load.attributes))
+
+
 def code_that_asks_for_type(
     module: nn.Module, members: set[int], known: dict[type, str | None]
 ) -> str | None:
-    """The name of code around the members that calls `type(...)`, None if there is none.
+    """What code around the members asks: `type(...)` or `has_torch_function`; None if nothing.
 
     Looks at the `forward` of the module and of everything below it but the members, and at
     the functions that those name, as far as they are Python and outside of torch and of
@@ -87,8 +95,11 @@ def _what_asks_for_type(cls: Any) -> str | None:
             continue
         seen.add(function)
         me = self_of(function) if owner is not None else ""
-        if any(map(_asks_for_type, loads_in(function.__code__, me))):
-            return function.__qualname__
+        loads = loads_in(function.__code__, me)
+        if any(map(_asks_for_type, loads)):
+            return f"{function.__qualname__} asks for type(...)"
+        if any(map(_asks_for_torch_function, loads)):
+            return f"{function.__qualname__} asks has_torch_function(...)"
         pending += callees_of(function, owner)
     return None
 
@@ -100,23 +111,52 @@ def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]
     way, which rounds differently and fills padding differently. A module that the code calls
     before any member whose output is captured gets none.
     """
-    function = function_of(type(module).forward)
-    order = {} if function is None else call_order(function.__code__)
     ids, collectors = set(map(id, members)), set(map(id, members[:-1]))
     asking: dict[str, str] = {}
-    first = len(order)
+    capturing = set()
     for name, child in module._modules.items():
         pending = [] if child is None else [child]
         while pending:
             current = pending.pop()
             if id(current) in collectors:
-                first = min(first, order.get(name, -1))
+                capturing.add(name)
             if id(current) not in ids:
                 pending.extend(current.children())
                 if any(map(_has_a_way_of_its_own, type(current).__mro__)):
                     asking[name] = type(current).__name__
+    order = _order_of_calls(type(module)) if asking else {}
+    first = min((order.get(name, -1) for name in capturing), default=-1)
     late = (cls for name, cls in asking.items() if not order.get(name, first) < first)
     return next(late, None)
+
+
+def _order_of_calls(cls: Any) -> dict[str, int]:
+    """`call_order` of a `forward`, without the names that something else may call as well."""
+    layers = layers_of(cls.forward)
+    if len(layers) != 1:
+        return {}  # A decorator may run it twice.
+    order = call_order(layers[0].__code__)
+    pending: list[tuple[FunctionType, type | None]] = [(layers[0], cls)]
+    seen = {layers[0]}
+    elsewhere = {*_names_in(layers[0].__code__)} & _WAYS_TO_ANY_CHILD
+    while pending:
+        for function, owner in callees_of(*pending.pop()):
+            package = (function.__module__ or "").partition(".")[0]
+            if function not in seen and package not in sys.stdlib_module_names:
+                seen.add(function)
+                pending.append((function, owner))
+                elsewhere.update(_names_in(function.__code__))
+    if elsewhere & _WAYS_TO_ANY_CHILD:
+        return {}
+    return {name: at for name, at in order.items() if name not in elsewhere}
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names that code, and what is defined in it, takes of anything."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def _has_a_way_of_its_own(cls: Any) -> bool:
@@ -130,7 +170,8 @@ def call_order(code: CodeType) -> dict[str, int]:
     """Where a method calls its own attributes, as `self.norm(...)`: position by name.
 
     Only names for which the source leaves no doubt: mentioned once, in that call, outside of
-    loops and inner functions. So of two such names, if both are called, the lower is first.
+    loops and inner functions; none where `self` itself is given to something or called. So of
+    two such names, if both are called in one run of the method, the lower is first.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
@@ -142,7 +183,7 @@ def call_order(code: CodeType) -> dict[str, int]:
     visitor = _Calls(definition.args.args[0].arg)
     for statement in definition.body:
         visitor.visit(statement)
-    order = visitor.called
+    order = [] if visitor.gives_itself else visitor.called
     return {name: order.index(name) for name in order if visitor.mentioned.count(name) == 1}
 
 
@@ -152,6 +193,7 @@ class _Calls(ast.NodeVisitor):
     def __init__(self, me: str) -> None:
         self.me = me
         self.depth = 0
+        self.gives_itself = False
         self.called: list[str] = []
         self.mentioned: list[str] = []
 
@@ -161,9 +203,13 @@ class _Calls(ast.NodeVisitor):
             self.called.append(node.func.attr)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.generic_visit(node)
         if self._is_own(node):
             self.mentioned.append(node.attr)
+        else:
+            self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.gives_itself |= node.id == self.me
 
     def visit_Assign(self, node: ast.Assign) -> None:
         for part in (node.value, *node.targets):

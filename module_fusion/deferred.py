@@ -12,6 +12,7 @@ calls up, and a call nobody uses is freed like any other object.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import os
@@ -287,8 +288,13 @@ class DeferredOutput:
     def __delattr__(self, name: str) -> None:
         delattr(materialise(self), name)
 
+    def __copy__(self) -> Any:
+        return copy.copy(materialise(self))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _identity, (materialise(self),)
+        value = materialise(self)
+        is_tensor = isinstance(value, Tensor)
+        return value.__reduce_ex__(protocol) if is_tensor else (_identity, (value,))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return materialise(self).__array__(*args, **kwargs)

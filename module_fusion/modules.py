@@ -29,7 +29,7 @@ from .deferred import (
     holds_deferred,
     materialise,
 )
-from .errors import FusionError, NotFusableError
+from .errors import DeferredUseError, FusionError, NotFusableError
 from .plain import ORIGINAL, SHOWN, MemberForm, has_hooks, original_of, shown_name, why_not_under
 from .tracing import Speculation
 
@@ -359,14 +359,29 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
                 inside[caller] = outer
         if type(output) is not Tensor:
             output = materialise(output)
-        for reference in captured:
-            call = reference()
-            if call is not None:
-                # Kept somewhere, such as on an object: nobody may find it uncomputed.
+        kept = [call for reference in captured if (call := reference()) is not None]
+        if kept:
+            # Such as on an object: nobody may find it uncomputed.
+            for call in kept:
                 call.settle()
+            _replace_kept(self)
         return output
 
     return forward
+
+
+def _replace_kept(module: nn.Module) -> None:
+    """Put the real values where a module has kept captured ones, as buffers or attributes."""
+    for inner in module.modules():
+        for name, value in list(inner.__dict__.items()):
+            if name == KEY:
+                continue
+            try:
+                real = materialise(value)
+            except DeferredUseError:
+                continue  # It is an error where it is used.
+            if real is not value:
+                inner.__dict__[name] = real
 
 
 def _new_swapped(

@@ -256,7 +256,7 @@ def _refusal_to_capture(
         return "no module around the members has a forward of its own class, to capture calls in"
     asking = code_that_asks_for_type(boundary[1], set(map(id, members)), known)
     if asking:
-        return f"{asking} asks for type(...), which a captured output cannot answer"
+        return f"{asking}, which a captured output cannot answer"
     other = module_with_a_way_of_its_own(boundary[1], members)
     return f"{other} may get a captured output, and computes in another way then" if other else None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections import namedtuple
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from written import assert_same, fuse, gradients, model_of, path_of
 
-from module_fusion import DeferredUseError, fuse_modules, report
+from module_fusion import DeferredUseError, fuse_modules, report, unfuse_modules
 
 
 @dataclass
@@ -103,6 +105,43 @@ def test_a_value_stored_on_the_parent_can_be_used_later(x: Tensor) -> None:
     assert torch.equal(model(x), expected)
     assert torch.equal(model[0].kept + 0, kept)
     assert torch.equal(model[0].boxed[0] + 0, kept)
+
+
+def test_what_modules_keep_is_a_real_tensor_while_fused_and_after(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.cache = h = self.norm(x)
+        self.mlp.seen = [(h, 1)]
+        return x + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].register_buffer("cache", torch.zeros(1))
+    model(x)
+    expected = pickle.loads(pickle.dumps(model[0].cache))
+    for fused in (True, False):
+        if fused:
+            fuse(model)
+            model(x)
+        else:
+            unfuse_modules(model)
+        kept = [*model.buffers(), model[0].cache, model[0].mlp.seen[0][0]]
+        assert all(type(value) is Tensor and torch.equal(value, expected) for value in kept)
+    assert b"module_fusion" not in pickle.dumps(model[0].cache)
+
+
+def test_a_captured_output_is_pickled_as_the_tensor_it_stands_for(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        pickles.append(pickle.dumps(h))
+        return x + self.mlp(h)
+
+    pickles: list[bytes] = []
+    model = model_of(forward, x.device)
+    with torch.no_grad():
+        expected = model[0].norm(x)
+        fuse(model)
+        model(x)
+    assert b"module_fusion" not in pickles[0]
+    assert torch.equal(pickle.loads(pickles[0]), expected)
 
 
 def test_a_member_called_by_hand_gives_a_real_tensor(x: Tensor) -> None:
@@ -386,3 +425,17 @@ def test_a_container_that_is_shared_is_looked_into_once(x: Tensor, kind: Any) ->
     fuse(model)
     model(x)
     assert looked == [1]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_captured_output_is_a_copy_of_its_value(x: Tensor, copied: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        other = copied(h.detach() if copied is copy.deepcopy else h)
+        other.data = torch.zeros_like(other)
+        return self.mlp(h) + h + other
+
+    model = model_of(forward, x.device)
+    expected = gradients(model, x)
+    fuse(model)
+    assert_same(gradients(model, x), expected)

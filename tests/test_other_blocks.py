@@ -561,6 +561,117 @@ def test_attention_of_torch_that_takes_another_way_for_captured_outputs_gets_non
     assert "computes in another way then" in str(group.reason)
 
 
+def attended(block: Any, x: Tensor) -> Tensor:
+    output: Tensor = block.attention(x, x, x, need_weights=False)[0]
+    return output
+
+
+class AttendsFirst(nn.Module):
+    """The attention is called before the norm, and gets the norm's output in another way too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True)
+        self.norm, self.mlp = ScaleNorm(), FeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.attention(x, x, x, need_weights=False)[0]
+        h = self.norm(x + a)
+        return a + self.mlp(h) + self.again(h)
+
+    def again(self, h: Tensor) -> Tensor:
+        return attended(self, h)
+
+
+class AttendsByAlias(AttendsFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        me = self
+        a = self.attention(x, x, x, need_weights=False)[0]
+        h = self.norm(x + a)
+        return a + self.mlp(h) + attended(me, h)
+
+
+class AttendsByName(AttendsFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.attention(x, x, x, need_weights=False)[0]
+        h = self.norm(x + a)
+        return a + self.mlp(h) + self._modules["attention"](h, h, h)[0]
+
+
+class AttendsWhenCalledAgain(AttendsFirst):
+    def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        a = self.attention(x, x, x, need_weights=False)[0]
+        h = self.norm(x + a)
+        return h if last else a + self.mlp(h) + self(h, True)
+
+
+class AttendsToWhatWasKept(AttendsFirst):
+    kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = x if self.kept is None else self.kept
+        a = self.attention(p, p, p, need_weights=False)[0]
+        self.kept = h = self.norm(x + a)
+        return a + self.mlp(h)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [AttendsFirst, AttendsByAlias, AttendsByName, AttendsWhenCalledAgain, AttendsToWhatWasKept],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_attention_that_is_called_first_and_again_takes_the_same_way(block: Kind) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(perturbed(block()))
+    x = torch.randn(2, TOKENS, HIDDEN)
+    with torch.no_grad():
+        expected = [model(x), model(x)]
+        model[0].kept = None
+        with mapped(Kernel=members_kernel(1)):
+            fuse_modules(model, ["*.norm", "*.mlp"], kernel="Kernel")
+        assert all(map(torch.equal, [model(x), model(x)], expected))
+        model[0].kept = None
+
+
+class AttendsBefore(AttendsFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.attention(x, x, x, need_weights=False)[0]
+        return a + self.mlp(self.norm(x + a))
+
+
+def test_attention_that_is_called_first_alone_leaves_the_kernel_in_place() -> None:
+    model = nn.Sequential(perturbed(AttendsBefore()))
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, ["*.norm", "*.mlp"], kernel="Kernel")
+    model(torch.randn(2, TOKENS, HIDDEN))
+    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(1, 0)]
+
+
+class Asking(nn.Module):
+    """A module of somebody's own that asks what the attention of torch asks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if not torch.overrides.has_torch_function((x,)) else x * 3
+
+
+def test_other_code_that_asks_has_torch_function_gets_no_captured_output() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.asking, self.mlp = ScaleNorm(), Asking(), FeedForward()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return self.mlp(h) + self.asking(h)
+
+    model, x = nn.Sequential(perturbed(Block())), torch.randn(2, TOKENS, HIDDEN)
+    expected = model(x)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, ["*.norm", "*.mlp"], kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert "Asking.forward asks has_torch_function(...)" in str(report(model).groups[0].reason)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_vision_transformer_of_timm_has_its_patch_embedding_on_the_kernel() -> None:
     pytest.importorskip("timm", reason="timm is not installed")
