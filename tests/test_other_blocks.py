@@ -595,7 +595,8 @@ class AttendsByName(AttendsFirst):
     def forward(self, x: Tensor) -> Tensor:
         a = self.attention(x, x, x, need_weights=False)[0]
         h = self.norm(x + a)
-        return a + self.mlp(h) + self._modules["attention"](h, h, h)[0]
+        attention = self._modules["attention"]
+        return a + self.mlp(h) + attention(h, h, h, need_weights=False)[0]
 
 
 class AttendsWhenCalledAgain(AttendsFirst):

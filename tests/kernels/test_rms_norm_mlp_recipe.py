@@ -164,6 +164,42 @@ def test_what_only_looks_like_an_rms_norm_is_refused(name: str, dtype: torch.dty
         prepare(Fake(FAKES[name]).to(dtype), mlp_of(H, I).to(dtype))
 
 
+class Clamped(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (H,), self.weight.clamp(max=2.5), self.eps)
+
+
+class Long(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[-2] < 1000 else self.weight * x
+
+
+def sized(scale: Callable[[Tensor], float]) -> nn.Module:
+    """A gated MLP whose output is scaled by what its input is like."""
+    mlp = mlp_of(H, I)
+    plain = type(mlp).forward
+    forward = {"forward": lambda self, x: plain(self, x) * scale(x)}
+    mlp.__class__ = type("Sized", (type(mlp),), forward)
+    return mlp
+
+
+@pytest.mark.parametrize(
+    ("norm", "mlp"),
+    [
+        (Clamped(H, 1e-6), mlp_of(H, I)),
+        (Long(H, 1e-6), mlp_of(H, I)),
+        (nn.RMSNorm(H), sized(lambda x: 1 if x.is_contiguous() else 2)),
+        (nn.RMSNorm(H), sized(lambda x: 2 if x.dim() == 5 else 1)),
+        (nn.RMSNorm(H), sized(lambda x: 2 if x.numel() // x.shape[-1] > 1000 else 1)),
+    ],
+)
+def test_what_does_something_else_for_sizes_strides_or_large_weights_is_refused(
+    norm: nn.Module, mlp: nn.Module
+) -> None:
+    with pytest.raises(ValueError, match="computes something else"):
+        prepare(norm, mlp)
+
+
 def test_a_fake_without_a_fault_is_recognised() -> None:
     assert prepare(Fake(lambda x, eps: x * root(x, eps)), mlp_of(H, I)).eps == "variance_epsilon"
 

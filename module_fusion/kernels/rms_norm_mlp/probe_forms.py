@@ -1,4 +1,7 @@
-"""Whether a member does to any number of dimensions, and backwards, what it does to rows."""
+"""Whether a member does to any number of dimensions, and backwards, what it does to rows.
+
+Also to many rows, and to rows that do not follow each other in memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from .stand_in import WrongResult, original_class, relative_error
 
-_LEADING = ((1,), (1, 1), (1, 3), (3, 1), (2, 3))
+_LEADING = ((1,), (1, 1), (1, 3), (3, 1), (1030,), (1, 2, 3), (1, 1, 2, 3), (2, 3))
 
 
 def check(
@@ -35,15 +38,17 @@ def check(
         module = make().requires_grad_(True)
         name = original_class(module).__name__
         compared = None
-        for leading in _LEADING:
+        for leading, strided in [*((leading, False) for leading in _LEADING), ((2, 3), True)]:
             x = torch.randn((*leading, hidden), generator=generator, device="cpu")
+            x = x.transpose(0, 1) if strided else x
             x = x.to(like.device, like.dtype).requires_grad_()
             try:
                 output = module(x)
             except Exception:
                 continue  # It does not take such an input.
             expected = formula(module, x)
-            shape = f"({', '.join(map(str, leading))}, hidden)"
+            shape = f"({', '.join(map(str, x.shape[:-1]))}, hidden)"
+            shape += ", strided" if strided else ""
             if output.shape != x.shape:
                 raise WrongResult(f"{name} gives another shape than that of its input, {shape}")
             if not (relative_error(output.detach(), expected.detach()) < limit).all():

@@ -144,7 +144,9 @@ class _Probe:
         return bool((same > _SAME_BITS) & close.all())
 
     def _stand_in(self, dtype: torch.dtype) -> tuple[nn.Module, Tensor | None]:
-        weight = (1 + 0.3 * self._random(self.hidden)).to(self.device, dtype)
+        weight = 1 + 0.3 * self._random(self.hidden)
+        weight[::3] *= 10  # Some are so large in trained models.
+        weight = weight.to(self.device, dtype)
         module = stand_in(self.module, lambda path, old: weight)
         return module, None if self.weight is None else weight
 
