@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from support import mapped, members_kernel
 from zoo import check, discover, others
 from zoo.build import Built, perturbed
+from zoo.compare import expectation
 
 from module_fusion import fuse, fuse_modules, report
 
@@ -470,7 +471,7 @@ def built(name: str) -> Built:
 @examples
 def test_every_pair_and_every_family_changes_no_bit_and_is_undone_exactly(name: str) -> None:
     model = built(name)
-    found = check.check(model, check.expectation(model), FOREVER)
+    found = check.check(model, expectation(model), FOREVER)
     assert found["faults"] == []
     assert found["no_gradients"] is None
     assert len(found["pairs"]) == found["of_pairs"] > 0
@@ -677,7 +678,7 @@ def test_other_code_that_asks_has_torch_function_gets_no_captured_output() -> No
 def test_a_vision_transformer_of_timm_has_its_patch_embedding_on_the_kernel() -> None:
     pytest.importorskip("timm", reason="timm is not installed")
     model = others.build("timm/vit_tiny_patch16_224")
-    found = check.check(model, check.expectation(model), FOREVER)
+    found = check.check(model, expectation(model), FOREVER)
     assert found["faults"] == []
     assert len(found["pairs"]) == found["of_pairs"] > 0
     on_kernel = [group["paths"] for group in found["groups"] if group["outcome"] == "kernel"]

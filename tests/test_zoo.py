@@ -5,10 +5,16 @@ The checks are those of `benchmarks/zoo`, which goes over every architecture.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -16,15 +22,27 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from zoo import check, discover, table
-from zoo.build import Built, build, run
+from support import Model
+from zoo import check, compare, discover, heads, pairs, table, worker
+from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
+from zoo.flat import flat, same_bits
 from zoo.heads import NOT_REACHED, check_others
 from zoo.parts import called_inside
 from zoo.reasons import why
 from zoo.subset import SUBSET
 
+from module_fusion import UnfuseError
+from module_fusion.chain import Chain
+from module_fusion.modules import FusedModule, state_of
+
 FOREVER = float("inf")
+# How many norms before gated MLPs, and patch embeddings, those that have any have.
+THERE = {
+    "llama": (2, 0), "qwen3": (2, 0), "gemma2": (2, 0), "phi3": (2, 0), "glm4": (2, 0),
+    "deepseek_v3": (1, 0), "jamba": (1, 0), "qwen2_5_vl_vision": (2, 1), "vit": (0, 1),
+    "convnext": (0, 4), "clip": (0, 1), "wav2vec2": (0, 2),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +59,14 @@ def test_every_pair_and_every_family_changes_no_bit_and_is_undone_exactly(
     architecture: str,
 ) -> None:
     built = build(architecture)
-    expected = check.expectation(built)
+    expected = compare.expectation(built)
     found = check.check(built, expected, FOREVER)
     assert found["faults"] == []
     assert len(found["pairs"]) == found["of_pairs"] > 0
     on_kernel = {tuple(g["paths"]) for g in found["groups"] if g["outcome"] == "kernel"}
-    assert set(discover.norms_before_mlps(built)) <= on_kernel
-    assert {(path,) for path in discover.patch_embeddings(built)} <= on_kernel
+    norms, patches = discover.norms_before_mlps(built), discover.patch_embeddings(built)
+    assert (len(norms), len(patches)) == THERE.get(architecture, (0, 0))
+    assert {*norms, *((path,) for path in patches)} <= on_kernel
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -62,24 +81,24 @@ def test_a_kernel_that_is_wrong_in_one_bit_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(check, "members_kernel", slightly_wrong)
     built = build("llama")
     pair = ("model.layers.*.post_attention_layernorm", "model.layers.*.mlp")
-    with pytest.raises(check.Fault, match="outputs differ with a kernel"):
-        check.check_pair(built, check.expectation(built), pair)
+    with pytest.raises(compare.Fault, match="outputs differ with a kernel"):
+        check.check_pair(built, compare.expectation(built), pair)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_classes_of_a_type_are_checked_for_the_pairs_that_they_alone_have() -> None:
     built = build("bert")
     seen: set[object] = set()
-    assert check.pairs_of(built, seen) == check.pairs_of(built)
-    assert check.pairs_of(built, seen) == []
+    assert pairs.pairs_of(built, seen) == pairs.pairs_of(built)
+    assert pairs.pairs_of(built, seen) == []
     rows = check_others("bert", built, seen, FOREVER)
     assert [row["class"] for row in rows] == [
         name for name in all_classes_of("bert") if name != type(built.model).__name__
     ]
     assert [row for row in rows if "error" in row] == []
     found = {row["class"]: row for row in rows}
-    pairs = [pair["pair"] for pair in found["BertForTokenClassification"]["pairs"]]
-    assert ["dropout", "classifier"] in pairs
+    named = [pair["pair"] for pair in found["BertForTokenClassification"]["pairs"]]
+    assert ["dropout", "classifier"] in named
     assert all(len(row["pairs"]) == row["of_pairs"] and not row["faults"] for row in rows)
     assert all(row["of_pairs"] == 0 for row in check_others("bert", built, seen, FOREVER))
 
@@ -108,17 +127,21 @@ def test_results_of_several_versions_have_tables_of_their_own(tmp_path: Path) ->
         "of_pairs": 2, "groups": [], "faults": [], "no_gradients": None,
         "others": [
             {"class": "A", "pairs": [pair], "of_pairs": 1}, {"class": "B", "error": "refused"},
+            {"class": "C", "pairs": [], "of_pairs": 0},
         ],
     }  # fmt: skip
     table.write([row], tmp_path, "zoo-old")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo-old.json", "zoo-old.md"]
     text = (tmp_path / "zoo-old.md").read_text()
     assert "| model classes checked | 2 |" in text
+    assert "| other model classes, all of whose pairs had been checked in another | 1 |" in text
     assert "| model classes that were not built | 1 |" in text
+    assert "| pairs: kernel | 2 |" in text
+    assert "| outputs of `fuse`: what they were compared with was not noted | 1 |" in text
     assert "| pairs fused by path | 2 of 3 |" in text
     assert "| pairs not reached: time | 1 |" in text
     assert (
-        '"others": {"A": [[1, "kernel", null]], "B": "refused"}'
+        '"others": {"A": [[1, "kernel", null]], "B": "refused", "C": []}'
         in (tmp_path / "zoo-old.json").read_text()
     )
 
@@ -171,3 +194,326 @@ def test_the_count_of_norms_before_gated_mlps_needs_no_names(
 ) -> None:
     built = Built(Pair(norm, is_used_twice), {"x": torch.randn(2, 3, 8)}, "all")
     assert discover.norms_before_mlps(built) == found
+
+
+def test_a_kernel_that_ran_in_some_blocks_is_counted_apart(tmp_path: Path) -> None:
+    mixed = {"pair": ["a", "b"], "outcome": "kernel", "reason": "why"}  # Of an earlier sweep.
+    row = {
+        "architecture": "bert", "status": "checked", "class": "A", "of_pairs": 2, "groups": [],
+        "pairs": [mixed, {**mixed, "outcome": "kernel in some blocks"}], "faults": [],
+        "no_gradients": None, "reference": "unfused", "out_of_memory": ["fuse"],
+    }  # fmt: skip
+    table.write([row], tmp_path)
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| pairs: kernel in some blocks | 2 |" in text
+    assert "| 2 | why |" in text
+    assert "there being no float64 twin | 1 |" in text
+    assert "| architectures in which a check ran out of memory | 1 |" in text
+
+
+def tiny() -> Built:
+    """Two blocks, each with a norm before a gated MLP."""
+    torch.manual_seed(0)
+    return Built(perturbed(Model(2)), {"x": torch.randn(2, 3, 8)}, "all", part_of="a test")
+
+
+def faults_of(built: Built) -> list[dict[str, str]]:
+    faults: list[dict[str, str]] = check.check(built, compare.expectation(built), FOREVER)["faults"]
+    return faults
+
+
+def test_the_small_model_of_these_tests_has_no_fault() -> None:
+    built = tiny()
+    found = check.check(built, compare.expectation(built), FOREVER)
+    assert found["faults"] == []
+    assert [group["outcome"] for group in found["groups"]] == ["kernel", "kernel"]
+    assert [pair["outcome"] for pair in found["pairs"]].count("kernel") == 2
+    assert found["reference"] == "same bits"
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def _after_kernels(is_family: bool, change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
+    """Changes what the kernels of families, or of groups named by paths, give."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        def run_kernel(self: Chain, inputs: list[Any]) -> Any:
+            output = real(self, inputs)
+            return change(output) if bool(self.family) == is_family else output
+
+        real = Chain.run_kernel
+        monkeypatch.setattr(Chain, "run_kernel", run_kernel)
+
+    return plant
+
+
+def _gradient_times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(output: torch.Tensor) -> torch.Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * factor)
+        return output
+
+    return change
+
+
+class Marked(torch.Tensor):
+    """Another kind of tensor; what is computed from it is one too."""
+
+
+def _marked(output: torch.Tensor) -> torch.Tensor:
+    return output.as_subclass(Marked)
+
+
+def _without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of what the last member gives."""
+
+    def call(self: FusedModule, *args: Any, **kwargs: Any) -> Any:
+        output = real(self, *args, **kwargs)
+        state = state_of(self)
+        by_itself = state is not None and state.chain is not None and state.chain.kernel is None
+        return output * (1 + 2**-23) if by_itself else output
+
+    real = FusedModule.__call__
+    monkeypatch.setattr(FusedModule, "__call__", call)
+
+
+def _undoing(change: Callable[[nn.Module], object]) -> Plant:
+    """Changes the model after it was unfused."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        def unfuse(model: nn.Module) -> Any:
+            result = real(model)
+            change(model)
+            return result
+
+        real = check.unfuse_modules
+        monkeypatch.setattr(check, "unfuse_modules", unfuse)
+
+    return plant
+
+
+def _leave_an_attribute(model: nn.Module) -> None:
+    model.layers[0].norm.left = 1
+
+
+def _leave_a_hook(model: nn.Module) -> None:
+    model.layers[0].norm.register_forward_hook(lambda *args: None)
+
+
+def _change_a_weight(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.layers[0].norm.weight[0] *= 1 + 2**-23
+
+
+def _raise(model: nn.Module) -> None:
+    raise UnfuseError("the class was changed")
+
+
+@pytest.mark.parametrize(
+    ("plant", "where", "fault"),
+    [
+        (_after_kernels(False, _gradient_times(1 + 1e-4)), "->", "the gradient of .* differs with"),
+        (_after_kernels(False, _gradient_times(0)), "->", "the gradient of .* differs with a kern"),
+        (_after_kernels(True, _gradient_times(1.01)), "fuse", "the gradient of .* with `fuse`"),
+        (_after_kernels(True, _gradient_times(0)), "fuse", "the gradient of .* with `fuse`"),
+        (_after_kernels(True, lambda y: y * (1 + 1e-4)), "fuse", "accuracy of `fuse`"),
+        (_after_kernels(True, _marked), "fuse", "outputs differ with `fuse`: Marked .* for Tensor"),
+        (_without_a_kernel, "->", "outputs differ without a kernel"),
+        (_undoing(_leave_an_attribute), "fuse", "after undoing `fuse` the model is not as it was"),
+        (_undoing(_leave_an_attribute), "->", "after undoing the model is not as it was"),
+        (_undoing(_leave_a_hook), "->", "after undoing the model is not as it was"),
+        (_undoing(_change_a_weight), "fuse", "after undoing `fuse` the state dict is not as it"),
+        (_undoing(_raise), "fuse", "UnfuseError: the class was changed"),
+        (_undoing(_raise), "->", "UnfuseError: the class was changed"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_library_is_found(
+    plant: Plant, where: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tiny()
+    with monkeypatch.context() as planted:
+        plant(planted)
+        faults = faults_of(built)
+    assert [f for f in faults if where in f["what"] and re.search(fault, f["fault"])], faults
+
+
+def test_an_error_while_undoing_does_not_hide_what_was_wrong_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    _without_a_kernel(monkeypatch)
+    _undoing(_raise)(monkeypatch)
+    with pytest.raises(compare.Fault, match=r"without a kernel.*; then UnfuseError: the class"):
+        check.check_pair(built, expected, ("layers.*.norm", "layers.*.mlp"))
+
+
+@pytest.mark.parametrize("plant", [_without_a_kernel, _undoing(_raise)])
+def test_a_fault_is_one_in_the_row_of_the_architecture_and_of_other_classes(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.build, "build", lambda *args: tiny())
+    monkeypatch.setattr(heads, "build", lambda *args: tiny())
+    monkeypatch.setattr(worker.extras, "in_sample", lambda *args: False)
+    monkeypatch.setattr(heads, "all_classes_of", lambda name: ["Model", "Other"])
+    assert worker.examine("llama", FOREVER)["faults"] == []
+    assert [row["faults"] for row in check_others("llama", tiny(), set(), FOREVER)] == [[]]
+    plant(monkeypatch)
+    row = worker.examine("llama", FOREVER)
+    assert row["status"] == "checked"
+    assert row["faults"]
+    (other,) = check_others("llama", tiny(), set(), FOREVER)
+    assert "error" not in other
+    assert other["faults"]
+
+
+@pytest.mark.parametrize("name", ["check_generate", "check_compiled"])
+def test_an_error_in_the_sample_is_a_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise UnfuseError("the class was changed")
+
+    monkeypatch.setattr(worker.build, "build", lambda *args: tiny())
+    monkeypatch.setattr(worker.extras, "in_sample", lambda *args: name == "check_compiled")
+    monkeypatch.setattr(worker.extras, name, failing)
+    row = worker.examine("llama", FOREVER)
+    what = name.removeprefix("check_")
+    assert row["faults"] == [{"what": what, "fault": "UnfuseError: the class was changed"}]
+
+
+def test_a_model_that_gives_something_else_each_time_is_not_comparable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    counting = Built(Counting(), {"x": torch.zeros(2)}, "all", part_of="a test")
+    with pytest.raises(compare.NotComparable, match="two runs of the unfused model differ"):
+        compare.expectation(counting)
+    monkeypatch.setattr(worker.build, "build", lambda *args: counting)
+    assert worker.examine("llama", FOREVER)["status"] == "not comparable"
+
+
+def test_memory_that_does_not_suffice_is_no_fault_and_is_in_the_row() -> None:
+    result: dict[str, Any] = {"faults": []}
+    with compare.noted("fuse", result):
+        raise MemoryError
+    assert result == {"faults": [], "out_of_memory": ["fuse"]}
+
+
+class Uneven(nn.Module):
+    """A parameter of small gradients, one whose gradient is only rounding, one without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.shift, self.unused = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x + self.shift, -1) * self.large + 1e-6 * x * self.small
+
+
+def test_each_gradient_is_compared_by_its_own_size() -> None:
+    torch.manual_seed(0)
+    expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))
+    right = dict(expected.gradients or {})
+    for within in (compare.ANOTHER_ORDER, compare.ANOTHER_KERNEL):
+
+        def checked(within: float = within, **changed: Any) -> None:
+            compare.check_gradients({**right, **changed}, expected, within, "now")
+
+        checked()
+        checked(large=right["large"] * (1 + within / 2), shift=-right["shift"])
+        for name, factor in (("large", 1 + 2 * within), ("small", 1.1)):
+            for wrong in (right[name] * factor, torch.zeros(8), right[name].double()):
+                with pytest.raises(compare.Fault, match=f"the gradient of {name}"):
+                    checked(**{name: wrong})
+        with pytest.raises(compare.Fault, match="the gradient of shift differs"):
+            checked(shift=right["shift"] + 1e-3)
+        with pytest.raises(compare.Fault, match="the gradient of small is missing"):
+            checked(small=None)
+        with pytest.raises(compare.Fault, match="the gradient of unused is there"):
+            checked(unused=torch.zeros(1))
+
+
+def test_outputs_of_fuse_are_the_same_but_for_the_values_of_real_numbers() -> None:
+    real = torch.rand(3)
+    compare.check_alike(flat((real, 1)), flat((real + 1e-6, 1)), "now")
+    for wrong in ((real, 2), [real, 1], (real,), (real.double(), 1), (real[:2], 1)):
+        with pytest.raises(compare.Fault, match="outputs differ now"):
+            compare.check_alike(flat(wrong), flat((real, 1)), "now")
+    with pytest.raises(compare.Fault, match="outputs differ now"):
+        compare.check_alike([torch.tensor([1])], [torch.tensor([2])], "now")
+
+
+def test_without_a_float64_twin_the_outputs_of_fuse_are_compared_with_the_unfused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    near = [expected.outputs[0] * (1 + 2**-23)]
+    assert compare.check_accuracy(near, expected) == "float64"
+    expected = dataclasses.replace(expected)
+    monkeypatch.setattr(compare, "FAR", 0.0)
+    assert compare.check_accuracy(near, expected) == "unfused"
+    with pytest.raises(compare.Fault, match="accuracy of `fuse`"):
+        compare.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@dataclasses.dataclass
+class Data:
+    value: Any
+
+
+class SomeCache(Holder):
+    pass
+
+
+def nested(value: Any, times: int = 40) -> Any:
+    return value if times == 0 else (nested(value, times - 1),)
+
+
+a, b = torch.zeros(3), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Holder(a), Holder(b)), (Slotted(a), Slotted(b)), (Data(a), Data(b)),
+        (SomeCache([a]), SomeCache([b])), (SimpleNamespace(t=a), SimpleNamespace(t=b)),
+        (deque([a]), deque([b])), ({1}, {2}), (numpy.zeros(3), numpy.ones(3)),
+        (numpy.float32(1), numpy.float32(2)), (numpy.array(["x"]), numpy.array(["y"])),
+        (torch.distributions.Normal(a, b), torch.distributions.Normal(b, b)),
+        (nested(a), nested(b)), ((None, a), (a, None)), ({"x": a}, {"y": a}), ((a,), [a]),
+        (a, a.clone().requires_grad_()), (a.requires_grad_(False), nn.Parameter(a, False)),
+        (torch.zeros(2, 3), torch.zeros(3, 2).T), (a, a.double()), (a, -a), (Holder(a), None),
+        (torch.float32, torch.float64), (1, True), (1, 1.0), ([a, [a]], [a, a]),
+    ],
+)  # fmt: skip
+def test_what_differs_anywhere_in_what_a_model_returns_is_seen(one: Any, other: Any) -> None:
+    assert same_bits(flat(one), flat(one))
+    assert not same_bits(flat(one), flat(other))
+
+
+def test_an_object_that_holds_itself_is_looked_into_once() -> None:
+    first, second = Holder(a), Holder(a)
+    first.again, second.again = first, second
+    assert same_bits(flat(first), flat(second))
+    second.again = Holder(a)
+    assert not same_bits(flat(first), flat(second))

@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import deque
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from module_fusion.deferred import DeferredOutput
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_NAMED = (type, FunctionType, MethodType, BuiltinFunctionType)
 
-def flat(value: Any, depth: int = 0) -> list[Any]:
-    """Every tensor and plain value in what a model returned, in order; caches are looked into."""
+
+def flat(value: Any) -> list[Any]:
+    """Every tensor and plain value in what a model returned, in order, and what holds them.
+
+    Containers and objects are looked into, however deep; each is told by its class and its keys.
+    """
+    leaves: list[Any] = []
+    _add(value, leaves, {})
+    return leaves
+
+
+def _add(value: Any, leaves: list[Any], seen: dict[int, int]) -> None:
     if issubclass(type(value), DeferredOutput):
-        return ["a DeferredOutput"]
-    if isinstance(value, Tensor):
-        return [value]
-    if depth > 8:
-        return []
+        leaves.append("a DeferredOutput")
+    elif isinstance(value, (Tensor, *_PLAIN)):
+        leaves.append(value)
+    elif isinstance(value, numpy.generic):
+        leaves += [type(value).__name__, value.item()]
+    elif isinstance(value, _NAMED):
+        leaves.append(value.__qualname__)
+    elif isinstance(value, nn.Module):
+        leaves.append("a module")  # Of the model, which is compared by itself.
+    elif id(value) in seen:
+        leaves.append(f"again number {seen[id(value)]}")
+    else:
+        seen[id(value)] = len(seen)
+        leaves.append(type(value).__qualname__)
+        for item in _items(value):
+            _add(item, leaves, seen)
+        leaves.append("end")
+
+
+def _items(value: Any) -> list[Any]:
+    """What is in a container or an object."""
     if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in flat(item, depth + 1)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in flat(item, depth + 1)]
-    if dataclasses.is_dataclass(value) or "cache" in type(value).__name__.lower():
-        return flat(list(vars(value).values()), depth + 1)
-    if type(value).__module__.startswith("transformers.cache_utils"):
-        return flat(list(vars(value).values()), depth + 1)
-    return [value] if isinstance(value, (bool, int, float, str)) else []
+        return [part for item in value.items() for part in item]
+    if isinstance(value, (list, tuple, deque)):
+        return list(value)
+    if isinstance(value, AbstractSet):
+        return sorted(value, key=repr)
+    if isinstance(value, numpy.ndarray):
+        if value.dtype.kind in "biufc":
+            return [str(value.dtype), torch.from_numpy(numpy.array(value))]
+        return [str(value.dtype), *value.shape, *value.ravel().tolist()]
+    own = [(name, item) for name, item in getattr(value, "__dict__", {}).items()]
+    slots = [name for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)]
+    own += [(name, getattr(value, name)) for name in slots]
+    return [part for item in own for part in item]
+
+
+def _slots(cls: type) -> list[str]:
+    names = cls.__dict__.get("__slots__", ())
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def gradients_of(
@@ -49,21 +91,35 @@ def gradients_of(
 
 
 def same_bits(first: list[Any], second: list[Any]) -> bool:
-    """Whether two lists hold the same values, tensors to the bit."""
+    """Whether two lists hold the same values, tensors to the bit and with the same strides."""
     return len(first) == len(second) and all(map(_same, first, second))
+
+
+def same_kind(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors differ in nothing but values and strides."""
+    kinds = [(type(t), t.dtype, t.shape, t.requires_grad) for t in (first, second)]
+    return kinds[0] == kinds[1]
 
 
 def _same(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         both = isinstance(first, float) and isinstance(second, float)
-        return bool(first == second) or (both and first != first and second != second)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        equal = type(first) is type(second) and bool(first == second)
+        return equal or (both and first != first and second != second)
+    if not same_kind(first, second) or _strides(first) != _strides(second):
         return False
     first, second = first.detach(), second.detach()
     if torch.equal(first, second) and not first.is_floating_point():
         return True
     as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (first, second)]
     return torch.equal(*as_bytes)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that mean something."""
+    if not tensor.numel():
+        return []
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def relative_error(found: list[Any], exact: list[Any]) -> float:

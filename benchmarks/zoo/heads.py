@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 from .build import Built, Unbuildable, build
-from .check import check_pairs, expectation, pairs_of
+from .check import check_pairs
 from .classes import all_classes_of
+from .compare import NotComparable, expectation, noted
+from .pairs import pairs_of
 
 SECONDS = 5  # Of processor time to build one class.
 NOT_REACHED = "not reached: time"
@@ -33,28 +35,31 @@ def check_others(
             rows.append({"class": name, "error": NOT_REACHED})
             continue
         row: dict[str, Any] = {"class": name}
+        rows.append(row)
         try:
-            row.update(_checked(build(architecture, name, first.shrunk, SECONDS), seen, deadline))
-            for fault in row["faults"]:
-                fault["what"] = f"{name}: {fault['what']}"
+            built = build(architecture, name, first.shrunk, SECONDS)
         except Unbuildable as error:
             row["error"] = error.failures[0] if error.failures else str(error)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-        rows.append(row)
+        else:
+            row.update(_checked(built, seen, deadline))
+            for fault in row["faults"]:
+                fault["what"] = f"{name}: {fault['what']}"
     return rows
 
 
 def _checked(built: Built, seen: set[Any], deadline: float) -> dict[str, Any]:
-    now_seen = set(seen)
-    pairs = pairs_of(built, now_seen)
-    if not pairs:
-        return {"pairs": [], "of_pairs": 0, "faults": []}
-    try:
-        expected = expectation(built)
-    except ValueError as error:
-        return {"error": f"{NOT_COMPARABLE}: {error}", "faults": []}
-    faults: list[dict[str, str]] = []
-    found = check_pairs(built, expected, pairs, deadline, faults)
-    seen |= now_seen
-    return {**found, "faults": faults}
+    result: dict[str, Any] = {"pairs": [], "of_pairs": 0, "faults": []}
+    with noted("model", result):
+        now_seen = set(seen)
+        pairs = pairs_of(built, now_seen)
+        if not pairs:
+            return result
+        try:
+            expected = expectation(built)
+        except NotComparable as error:
+            return {"error": f"{NOT_COMPARABLE}: {error}", "faults": []}
+        check_pairs(built, expected, pairs, deadline, result)
+        seen |= now_seen
+    return result

@@ -19,6 +19,13 @@ from .heads import NOT_COMPARABLE, NOT_REACHED
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
+# What `compare.check_accuracy` says; rows of earlier sweeps do not have it.
+REFERENCES = {
+    "same bits": "the same bits",
+    "float64": "compared with float64",
+    "unfused": "compared with the unfused ones, there being no float64 twin",
+    "not noted": "what they were compared with was not noted",
+}
 Row = dict[str, Any]
 
 
@@ -63,8 +70,11 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
         "before them had. A pair is two modules called one after the other by the same "
         "module, or a norm-like and an MLP-like child of one parent in either order; blocks that "
         "are alike count once. Each is fused by path without a kernel and with a kernel that runs "
-        "the members, and outputs and gradients are compared with the unfused model's to the bit; "
-        "after undoing, modules and state dict have to be what they were.\n",
+        "the members. Outputs have to be the unfused model's to the bit; gradients too, or, with a "
+        "kernel, summed in another order (counted below), which moves them by some units of "
+        "rounding. `fuse` has to give outputs as close to float64 as the unfused model's, where "
+        "the model runs in float64, and gradients within rounding. After undoing, modules and "
+        "state dict have to be what they were.\n",
         _table(("", ""), _totals(rows, checked)),
         *sections(checked, rest),
     ]
@@ -81,6 +91,8 @@ def sections(checked: Sequence[Row], rest: Sequence[Row]) -> list[str]:
         ),
         "\n## Refused, by reason\n",
         _reasons(checked, ("refused", "refused at the call")),
+        "\n## On the kernel in some blocks only, by reason\n",
+        _reasons(checked, ("kernel in some blocks",)),
         "\n## On the members' own calls, by reason\n",
         _reasons(checked, ("members",)),
     ]
@@ -97,8 +109,8 @@ def sections(checked: Sequence[Row], rest: Sequence[Row]) -> list[str]:
     parts += [
         "\n## By architecture\n",
         _table(
-            ("architecture", "class", "classes", "pairs: kernel, members, refused", *FAMILIES,
-             "generate", "compiled", "faults"),
+            ("architecture", "class", "classes", "pairs: kernel, in some blocks, members, refused",
+             *FAMILIES, "generate", "compiled", "faults"),
             [_cells(row) for row in checked],
         ),
         "\n## Not built, not run, or not the same twice without fusing\n",
@@ -117,15 +129,18 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
     uneven = sum(str(other.get("error")).startswith(NOT_COMPARABLE) for other in others)
     pairs = _pairs_of(checked)
     of_pairs = sum(row["of_pairs"] for row in [*checked, *reached])
-    outcomes = Counter(pair["outcome"] for pair in pairs)
+    outcomes = Counter(map(_outcome, pairs))
+    references = Counter(row.get("reference", "not noted") for row in checked)
+    own = sum(_has_pairs(other) for other in reached)
     groups = [group for row in checked for group in row["groups"]]
     ran = Counter((g["family"], g["outcome"]) for g in groups)
     totals = [
         ("architectures", len(rows)),
         *Counter(row["status"] for row in rows).most_common(),
         ("built and run", share(sum(map(_ran, rows)), len(rows))),
-        ("model classes checked", len(checked) + len(reached)),
-        ("other model classes with pairs of their own", sum(o["of_pairs"] > 0 for o in reached)),
+        ("model classes checked", len(checked) + own),
+        ("of these, other classes for the pairs of their own", own),
+        ("other model classes, all of whose pairs had been checked in another", len(reached) - own),
         ("model classes that were not built", len(others) - len(reached) - late - uneven),
         ("model classes whose results differ each time", uneven),
         ("model classes not reached: time", late),
@@ -134,6 +149,8 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
         *((f"pairs: {name}", count) for name, count in outcomes.most_common()),
         ("pairs with gradients summed in another order", sum("gradients" in p for p in pairs)),
         ("architectures without gradients", sum(bool(r["no_gradients"]) for r in checked)),
+        *((f"outputs of `fuse`: {what}", references[name]) for name, what in REFERENCES.items()),
+        ("architectures in which a check ran out of memory", sum(map(_ran_out, checked))),
         ("wrong results and untyped errors", sum(len(row["faults"]) for row in checked)),
         ("generate: the same tokens", sum(r.get("generate") == "same" for r in checked)),
         ("compiled into one graph: the same", sum(r.get("compiled") == "same" for r in checked)),
@@ -160,23 +177,41 @@ def _pairs_of(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def _outcome(pair: Row) -> str:
+    """What became of a pair; earlier sweeps told by the reason that some blocks ran the members."""
+    outcome: str = pair["outcome"]
+    return "kernel in some blocks" if outcome == "kernel" and pair.get("reason") else outcome
+
+
+def _has_pairs(row: Row) -> bool:
+    return bool(row.get("of_pairs") or row.get("faults"))
+
+
+def _ran_out(row: Row) -> bool:
+    parts = (row, *row.get("others", ()))
+    return any(part.get("out_of_memory") for part in parts) or any(
+        pair["outcome"] == "out of memory" for pair in _pairs_of([row])
+    )
+
+
 def _ran(row: Row) -> bool:
     return row["status"] in ("checked", "not comparable")
 
 
 def _reasons(rows: Sequence[Row], outcomes: Sequence[str]) -> str:
     counts = Counter(
-        str(pair.get("reason")) for pair in _pairs_of(rows) if pair["outcome"] in outcomes
+        str(pair.get("reason")) for pair in _pairs_of(rows) if _outcome(pair) in outcomes
     )
     return _table(("pairs", "reason"), [(n, why) for why, n in counts.most_common()])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     parts = [row, *(o for o in row.get("others", ()) if "error" not in o)]
-    outcomes = Counter(pair["outcome"] for pair in _pairs_of([row]))
+    outcomes = Counter(map(_outcome, _pairs_of([row])))
     refused = outcomes["refused"] + outcomes["refused at the call"]
     left = sum(part["of_pairs"] - len(part["pairs"]) for part in parts)
-    pairs = f"{outcomes['kernel']}, {outcomes['members']}, {refused}"
+    pairs = f"{outcomes['kernel']}, {outcomes['kernel in some blocks']}"
+    pairs += f", {outcomes['members']}, {refused}"
     return (
         row["architecture"],
         row["class"],
@@ -212,7 +247,7 @@ def _compact(row: Row) -> Row:
 
 
 def _counts(pairs: Sequence[Row]) -> list[Any]:
-    counts = Counter((p["outcome"], p.get("reason")) for p in pairs)
+    counts = Counter((_outcome(p), p.get("reason")) for p in pairs)
     return [[n, outcome, reason] for (outcome, reason), n in counts.items()]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from . import build, discover, extras, others
-from .check import Fault, check, expectation
+from .check import check
 from .classes import classes_of
+from .compare import NotComparable, expectation, noted
 from .heads import check_others
 from .reasons import why
 
@@ -45,19 +46,17 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
         return {**result, "status": "unbuildable", "error": f"{type(error).__name__}: {error}"}
     try:
         expected = expectation(built)
-        seen: set[Any] = set()
-        result.update(check(built, expected, start + seconds, seen))
-    except ValueError as error:
+    except NotComparable as error:
         return {**result, "status": "not comparable", "error": str(error)}
+    seen: set[Any] = set()
+    result.update(check(built, expected, start + seconds, seen))
     result["norms_before_mlps"] = discover.norms_before_mlps(built)
     result["patch_embeddings"] = discover.patch_embeddings(built)
     for name, checked in (("generate", extras.check_generate), ("compiled", extras.check_compiled)):
         if name == "compiled" and not extras.in_sample(architecture, COMPILED):
             continue
-        try:
+        with noted(name, result):
             result[name] = checked(built, expected, _pair_on_kernel(result))
-        except Fault as fault:
-            result["faults"].append({"what": name, "fault": str(fault)})
     if built.part_of is None and "/" not in architecture:
         result["others"] = check_others(architecture, built, seen, start + seconds)
         result["faults"] += [fault for row in result["others"] for fault in row.pop("faults", ())]
@@ -68,7 +67,7 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
 
 def _pair_on_kernel(result: dict[str, Any]) -> tuple[str, str] | None:
     """A pair whose kernel ran, the most norm-like."""
-    pairs = [tuple(row["pair"]) for row in result["pairs"] if row["outcome"] == "kernel"]
+    pairs = [tuple(row["pair"]) for row in result["pairs"] if row["outcome"].startswith("kernel")]
     pairs.sort(key=lambda pair: "norm" not in pair[0].lower())
     return pairs[0] if pairs else None
 

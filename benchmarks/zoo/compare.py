@@ -1,0 +1,307 @@
+"""What the unfused model gives, and comparing with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from structure import structure
+from torch import Tensor, nn
+
+from module_fusion import FusionError
+
+from .build import Built, run, seed
+from .flat import flat, gradients_of, relative_error, same_bits, same_kind
+
+LIMIT = 1.1
+# Of its own largest element, by how much a gradient may differ: one summed in another order by
+# some units, one of a family's kernels by float32 rounding through a deep model.
+ANOTHER_ORDER = 100 * torch.finfo(torch.float32).eps
+ANOTHER_KERNEL = 1e-3
+NOISE = 10  # How many times its own error against float64 a gradient may differ in any case.
+FAR = 1e-2  # From here on a float64 twin computed something else, with other random numbers say.
+
+
+class Fault(Exception):
+    """Something that must not happen; the message says what."""
+
+
+class NotComparable(Exception):
+    """The unfused model gives nothing to compare with; the message says why."""
+
+
+class Exact(NamedTuple):
+    """What a twin in float64 gives, and how far the unfused model is from it.
+
+    Attributes:
+        error: of all outputs together, relative.
+        noise: of the gradient of each parameter, its largest, absolute.
+    """
+
+    outputs: list[Any]
+    error: float
+    noise: dict[str, float]
+
+
+@dataclasses.dataclass
+class Expected:
+    """What the unfused model gives."""
+
+    built: Built
+    outputs: list[Any]
+    with_grad: list[Any]
+    gradients: dict[str, Tensor | None] | None
+    why_no_gradients: str | None
+    state: dict[str, Tensor]
+    structure: Any
+
+    @cached_property
+    def exact(self) -> Exact | None:
+        """What a twin in float64 gives, None if it does not run; the model must be unfused."""
+        try:
+            twin = _in_float64(self.built)
+            outputs = flat(run(twin.model, twin.inputs))
+            error = relative_error(self.outputs, outputs)
+        except FusionError:
+            raise  # There is nothing fused in it.
+        except Exception:
+            return None
+        if not error < FAR:
+            return None
+        return Exact(outputs, error, _noise(twin, self.gradients or {}))
+
+
+def _in_float64(built: Built) -> Built:
+    inputs = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in built.inputs.items()
+    }
+    return Built(copy.deepcopy(built.model).double(), inputs, built.shrunk)
+
+
+def _noise(twin: Built, gradients: dict[str, Tensor | None]) -> dict[str, float]:
+    if not gradients:
+        return {}
+    seed()
+    try:
+        _, exact = gradients_of(twin.model, twin.inputs)
+    except FusionError:
+        raise
+    except Exception:
+        return {}
+    found: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        truth = exact[name]
+        if gradient is not None and truth is not None and gradient.numel():
+            found[name] = float((gradient - truth).abs().max())
+    return found
+
+
+def expectation(built: Built) -> Expected:
+    """Run the unfused model.
+
+    Raises:
+        NotComparable: it does not run again, or gives other bits each time.
+    """
+    model, inputs = built.model, built.inputs
+    try:
+        outputs = flat(run(model, inputs))
+        again = flat(run(model, inputs))
+    except Exception as error:
+        raise NotComparable(f"a further run of the unfused model: {told(error)}") from error
+    if not same_bits(again, outputs):
+        raise NotComparable("two runs of the unfused model differ")
+    why = None
+    with_grad: list[Any] = outputs
+    gradients = None
+    try:
+        seed()
+        with_grad, gradients = gradients_of(model, inputs)
+        seed()
+        _, repeated = gradients_of(model, inputs)
+        if not same_bits([*repeated.values()], [*gradients.values()]):
+            why, gradients = "two backward passes of the unfused model differ", None
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:150]}"
+    model.zero_grad(set_to_none=True)
+    state = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    return Expected(built, outputs, with_grad, gradients, why, state, structure(model))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state dict."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether only the machine was too small."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+@contextmanager
+def noted(what: str, result: dict[str, Any]) -> Iterator[None]:
+    """Whatever is raised inside is a fault in the result, unless the memory did not suffice."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            result.setdefault("out_of_memory", []).append(what)
+        else:
+            result["faults"].append({"what": what, "fault": told(error)})
+
+
+def check_untouched(expected: Expected, what: str) -> None:
+    """Modules and state dict are what they were.
+
+    Raises:
+        Fault: they are not.
+    """
+    model = expected.built.model
+    if structure(model) != expected.structure:
+        raise Fault(f"after {what} the model is not as it was")
+    check_state(expected, f"after {what} the state dict is not as it was")
+
+
+def check_state(expected: Expected, fault: str) -> None:
+    """The state dict is what it was; if not, a `Fault` with this text."""
+    state = tensors_of(expected.built.model)
+    names_differ = list(state) != list(expected.state)
+    if names_differ or not same_bits([*state.values()], [*expected.state.values()]):
+        raise Fault(fault)
+
+
+def check_outputs(found: list[Any], expected: list[Any], how: str) -> None:
+    """Two lists of `flat` are the same to the bit.
+
+    Raises:
+        Fault: they are not.
+    """
+    if not same_bits(found, expected):
+        raise Fault(f"outputs differ {how}: {_distance(found, expected)}")
+
+
+def _distance(found: list[Any], expected: list[Any]) -> str:
+    if len(found) != len(expected):
+        return f"{len(found)} values for {len(expected)}"
+    for ours, theirs in zip(found, expected, strict=True):
+        if not same_bits([ours], [theirs]):
+            if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+                return f"{str(ours)[:50]} for {str(theirs)[:50]}"
+            if not same_kind(ours, theirs):
+                return f"{_kind(ours)} for {_kind(theirs)}"
+            if ours.stride() != theirs.stride():
+                return f"strides {ours.stride()} for {theirs.stride()}"
+            return f"relative error {relative_error([ours], [theirs]):.1e}"
+    return "not at all"
+
+
+def _kind(tensor: Tensor) -> str:
+    requires = ", requires grad" if tensor.requires_grad else ""
+    return f"{type(tensor).__name__} {tuple(tensor.shape)} of {tensor.dtype}{requires}"
+
+
+def check_alike(found: list[Any], expected: list[Any], how: str) -> None:
+    """Two lists of `flat` differ in nothing but the values of real numbers.
+
+    Raises:
+        Fault: they do.
+    """
+    if len(found) != len(expected):
+        raise Fault(f"outputs differ {how}: {_distance(found, expected)}")
+    for ours, theirs in zip(found, expected, strict=True):
+        if _is_real(ours) and _is_real(theirs):
+            alike = same_kind(ours, theirs)
+        elif isinstance(ours, float) and isinstance(theirs, float):
+            alike = math.isclose(ours, theirs, rel_tol=1e-3) or same_bits([ours], [theirs])
+        else:
+            alike = same_bits([ours], [theirs])
+        if not alike:
+            raise Fault(f"outputs differ {how}: {_distance([ours], [theirs])}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def check_gradients(
+    found: dict[str, Tensor | None], expected: Expected, within: float, how: str
+) -> None:
+    """Each gradient is what it was, up to rounding; the model must be unfused.
+
+    Args:
+        found: by the name of the parameter.
+        expected: of the unfused model, with gradients.
+        within: the share of its own largest element by which a gradient may differ.
+        how: the model was fused, for the fault.
+
+    Raises:
+        Fault: a gradient differs by more, is missing, or should not be there.
+    """
+    theirs = expected.gradients or {}
+    if list(found) != list(theirs):
+        raise Fault(f"the parameters differ {how}")
+    sizes = [g.abs().max() for g in theirs.values() if g is not None and g.numel()]
+    largest = float(max(sizes, default=0))
+    for name, gradient in theirs.items():
+        other = found[name]
+        if gradient is None or other is None:
+            if gradient is not other:
+                state = "there" if gradient is None else "missing"
+                raise Fault(f"the gradient of {name} is {state} {how}")
+            continue
+        if not same_kind(other, gradient):
+            raise Fault(f"the gradient of {name} is a {_kind(other)} {how}")
+        if not gradient.numel() or same_bits([other], [gradient]):
+            continue
+        own = float(gradient.abs().max())
+        error = float((other - gradient).abs().max())
+        if not error <= max(within * own, _floor(name, gradient.dtype, largest, expected)):
+            raise Fault(f"the gradient of {name} differs {how} by {error:.1e} of {own:.1e}")
+
+
+def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) -> float:
+    """By how much a gradient may differ however small it is: the rounding of what was summed.
+
+    The bias of a key, for one, has terms that cancel, and only rounding is left. How much that
+    is, the unfused model's own error against float64 tells; but it is no less than a unit of the
+    largest gradient of the model, for what cancels by luck, and never more than some.
+    """
+    unit = torch.finfo(dtype).eps * largest
+    noise = {} if expected.exact is None else expected.exact.noise
+    return min(max(NOISE * noise.get(name, unit), unit), 100 * unit)
+
+
+def check_accuracy(found: list[Any], expected: Expected) -> str:
+    """The fused outputs are as close to float64 as the unfused ones; the model must be unfused.
+
+    Returns:
+        What they were compared with: `"same bits"`, `"float64"` or, without a twin, `"unfused"`.
+
+    Raises:
+        Fault: they are not.
+    """
+    if same_bits(found, expected.outputs):
+        return "same bits"
+    exact = expected.exact
+    if exact is None:
+        # Both are within rounding of each other.
+        theirs, ours = 1e-6, relative_error(found, expected.outputs)
+    else:
+        theirs, ours = exact.error, relative_error(found, exact.outputs)
+    # The errors of a whole model are a matter of luck by some tens of percent.
+    count = sum(v.numel() for v in found if isinstance(v, Tensor) and v.is_floating_point())
+    allowed = max(LIMIT * theirs, 2e-7) * (1 + 2 / max(count, 1) ** 0.5)
+    if not ours <= allowed:
+        raise Fault(f"accuracy of `fuse`: error {ours:.2e}, of the modules {theirs:.2e}")
+    return "unfused" if exact is None else "float64"
