@@ -127,6 +127,7 @@ def relative_error(found: list[Any], exact: list[Any]) -> float:
     error = size = 0.0
     for ours, truth in zip(found, exact, strict=True):
         if isinstance(truth, Tensor) and truth.is_floating_point():
+            ours, truth = ours.detach(), truth.detach()
             finite = truth.isfinite() & ours.isfinite()
             if not torch.equal(truth.isfinite(), ours.isfinite()):
                 return float("inf")
