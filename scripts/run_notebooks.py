@@ -167,7 +167,8 @@ def _without_rounding(text: str) -> str:
 def _without_times(text: str) -> str:
     text = _EXPECTATION.sub("", text)
     text = _CONDITIONS.sub(r"# rounds in turn; \1; a device", text)
-    return _PADDING.sub("  ", _NUMBER.sub("#", _VERDICT.sub("a verdict", text)))
+    text = _PADDING.sub("  ", _NUMBER.sub("#", _VERDICT.sub("a verdict", text)))
+    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip()
 
 
 def _close(stored: str, fresh: str) -> bool:
