@@ -24,12 +24,12 @@ _NOT_TENSORS = frozenset(
     ("tuple", "list", "dict", "set", "int", "float", "bool", "str", "bytes", "complex", "slice")
 )
 
-# Where torch keeps its operations. What else is built in, such as the `apply` of an
-# `autograd.Function`, believes the answer.
 _WAYS_TO_ANY_CHILD = {
     "_modules", "modules", "named_modules", "children", "named_children", "get_submodule",
     "__dict__", "vars", "getattr",
 }  # fmt: skip
+# Where torch keeps its operations. What else is built in, such as the `apply` of an
+# `autograd.Function`, believes the answer.
 _OPERATIONS = tuple(f"torch._C._{name}" for name in ("nn", "special", "linalg", "fft"))
 
 
@@ -86,22 +86,31 @@ def code_that_asks_for_type(
 
 
 def _what_asks_for_type(cls: Any) -> str | None:
-    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(cls.forward)]
-    seen: set[FunctionType] = set()
-    while pending:
-        function, owner = pending.pop()
-        package = (function.__module__ or "").partition(".")[0]
-        if function in seen or package in sys.stdlib_module_names:
-            continue
-        seen.add(function)
+    for function, owner in _reached_from(cls):
         me = self_of(function) if owner is not None else ""
         loads = loads_in(function.__code__, me)
         if any(map(_asks_for_type, loads)):
             return f"{function.__qualname__} asks for type(...)"
         if any(map(_asks_for_torch_function, loads)):
             return f"{function.__qualname__} asks has_torch_function(...)"
-        pending += callees_of(function, owner)
     return None
+
+
+def _reached_from(cls: Any) -> Iterator[tuple[FunctionType, type | None]]:
+    """The functions that a class's `forward` may run, but those of torch and of Python's library.
+
+    Yields:
+        A function, and for methods the class they are called on.
+    """
+    pending: list[tuple[FunctionType, type | None]] = [(f, cls) for f in layers_of(cls.forward)]
+    seen: set[FunctionType] = set()
+    while pending:
+        function, owner = pending.pop()
+        package = (function.__module__ or "").partition(".")[0]
+        if function not in seen and package not in sys.stdlib_module_names:
+            seen.add(function)
+            yield function, owner
+            pending += callees_of(function, owner)
 
 
 def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]) -> str | None:
@@ -135,19 +144,12 @@ def _order_of_calls(cls: Any) -> dict[str, int]:
     layers = layers_of(cls.forward)
     if len(layers) != 1:
         return {}  # A decorator may run it twice.
-    order = call_order(layers[0].__code__)
-    pending: list[tuple[FunctionType, type | None]] = [(layers[0], cls)]
-    seen = {layers[0]}
-    elsewhere = {*_names_in(layers[0].__code__)} & _WAYS_TO_ANY_CHILD
-    while pending:
-        for function, owner in callees_of(*pending.pop()):
-            package = (function.__module__ or "").partition(".")[0]
-            if function not in seen and package not in sys.stdlib_module_names:
-                seen.add(function)
-                pending.append((function, owner))
-                elsewhere.update(_names_in(function.__code__))
-    if elsewhere & _WAYS_TO_ANY_CHILD:
+    names = {function: {*_names_in(function.__code__)} for function, _ in _reached_from(cls)}
+    if any(found & _WAYS_TO_ANY_CHILD for found in names.values()):
         return {}
+    names.pop(layers[0], None)
+    elsewhere = set().union(*names.values())
+    order = call_order(layers[0].__code__)
     return {name: at for name, at in order.items() if name not in elsewhere}
 
 
