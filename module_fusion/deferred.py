@@ -30,7 +30,7 @@ from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
 
-_IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
+IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
     type(None),
     bool,
     int,
@@ -317,7 +317,7 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
         if torch.compiler.is_dynamo_compiling():
             trace_again(value.__dict__["_captured_call"])
         return _value_of_output(value)
-    if kind in _IMMUTABLE or isinstance(value, Tensor):
+    if kind in IMMUTABLE or isinstance(value, Tensor):
         return value
     if isinstance(value, tuple):
         return _materialised_tuple(value, seen)
@@ -397,7 +397,7 @@ def _note(value: Any, tensors: list[Tensor]) -> None:
     elif kind is tuple:
         for item in value:
             _note(item, tensors)
-    elif kind is not DeferredOutput and kind not in _IMMUTABLE:
+    elif kind is not DeferredOutput and kind not in IMMUTABLE:
         raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
 
 
@@ -409,7 +409,7 @@ def _copied(value: Any, every: bool) -> Any:
         if not every and not value.is_inference():
             return value
         return value.clone()
-    if kind is not DeferredOutput and kind not in _IMMUTABLE:
+    if kind is not DeferredOutput and kind not in IMMUTABLE:
         raise NotCapturableError(f"got a {kind.__name__}, which may change before it is used")
     return value
 

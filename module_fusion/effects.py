@@ -35,6 +35,7 @@ from .bytecode import (
     stores_in,
     uses_super,
 )
+from .deferred import IMMUTABLE
 
 _RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manual_seed")
 _RANDOM_NAMES = frozenset(
@@ -80,19 +81,7 @@ _OF_MODULES = frozenset(
         "modules", "named_modules", "get_parameter", "get_buffer", "get_submodule", "_conv_forward",
     )
 )  # fmt: skip
-_DATA: tuple[Any, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    Enum,
-    torch.dtype,
-    torch.device,
-)
-_DATA += (torch.layout, torch.memory_format, torch.Size)
+_DATA: tuple[Any, ...] = (*IMMUTABLE, Enum)
 
 
 # Layers of torch that only compute, whatever their settings are.
