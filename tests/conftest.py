@@ -43,6 +43,15 @@ def _families_as_before() -> Iterator[None]:
     _FAMILIES.update(before)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small spend their time in waking threads, most of all in backward passes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Every device there is, one after the other."""

@@ -368,13 +368,7 @@ def has_kernel(name: str, pair: Pair) -> bool:
     return pair in architecture.adjacent_pairs() and architecture.refused is None
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small spend their time in waking threads, most of all in backward passes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 devices = pytest.mark.parametrize("device", DEVICES)
