@@ -160,7 +160,7 @@ def test_outputs_of_every_kind_are_compared(model: Model, x: Tensor, name: str):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_of_a_quantized_output_numbers_and_scale_are_compared(x: Tensor):
     if "onednn" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this torch has no quantized tensors")
+        pytest.skip("needs a torch built with the onednn engine for quantized tensors")
 
     def quantized(scale: float) -> Tensor:
         return torch.quantize_per_tensor(torch.arange(4.0), scale, 0, torch.qint8)
