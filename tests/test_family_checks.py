@@ -280,7 +280,8 @@ def test_the_kernel_itself_refuses_what_differs_in_other_forms(forward: Any, rea
 def test_members_that_compute_something_else_in_their_dtype_are_refused(model: Model) -> None:
     register_family(BlocksFamily)
     for layer in model.layers:
-        layer.mlp = type("Wrong", (Mlp,), {"forward": halves_in_bfloat16})(8, 16)
+        mlp = type("Wrong", (Mlp,), {"forward": halves_in_bfloat16})(8, 16)
+        layer.mlp = mlp.to(layer.norm.weight.device)
     model.bfloat16()
     with mapped(Blocks=WeightKernel):
         result = fuse(model, {"blocks": True})
@@ -552,7 +553,8 @@ def rounds_inside(mlp: Any, x: Tensor) -> Tensor:
 def test_a_cast_inside_the_members_counts_as_their_error(model: Model) -> None:
     register_family(BlocksFamily)
     for layer in model.layers:
-        layer.mlp = type("Rounds", (Mlp,), {"forward": rounds_inside})(8, 16)
+        mlp = type("Rounds", (Mlp,), {"forward": rounds_inside})(8, 16)
+        layer.mlp = mlp.to(layer.norm.weight.device)
     with mapped(Blocks=WeightKernel):
         result = fuse(model, {"blocks": True})
     assert all(row.accuracy is not None and row.accuracy < 0.1 for row in result.fused)
@@ -568,6 +570,16 @@ def test_of_few_elements_a_larger_error_is_allowed() -> None:
     exact = torch.ones(40000, dtype=torch.float64)
     many.add(exact.float() * 1.0018, exact.float() * 1.001, exact)
     assert many.certificate("output", 1e-7).refusal is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_weights_on_several_devices_are_a_reason() -> None:
+    register_family(BlocksFamily)
+    model = Model(1).cuda()
+    model.layers[0].mlp.cpu()
+    with mapped(Blocks=WeightKernel):
+        (row,) = fuse(model, {"blocks": True}).skipped
+    assert row.reason == "the weights are on several devices: cpu, cuda:0"
 
 
 def test_nothing_is_tried_while_a_global_hook_is_registered() -> None:

@@ -108,8 +108,8 @@ class Transposed(WeightKernel):
         return y.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-def test_a_kernel_whose_output_has_other_strides_does_not_pass(model: Model):
-    found = verify(fused_with(Transposed, model), torch.randn(4, 8))
+def test_a_kernel_whose_output_has_other_strides_does_not_pass(model: Model, x: Tensor):
+    found = verify(fused_with(Transposed, model), torch.randn(4, 8, device=x.device))
     assert not found.passed
     assert not found.groups[0].difference.equal
     assert found.groups[0].problem == "the kernel's output: strides (1, 4) fused, (8, 1) unfused"
@@ -151,7 +151,7 @@ def test_outputs_of_every_kind_are_compared(model: Model, x: Tensor, name: str):
     assert found.passed, found
     assert found.equal
     assert sum(group.kernel_calls for group in found.groups) == 2
-    other = Model(2)
+    other = Model(2).to(x.device)
     other.load_state_dict(model.state_dict())
     assert not verify(Returns(fused_with(Far, other), FORMS[name]), x).equal
 

@@ -237,7 +237,7 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.detach()
     values = torch.randn(
-        tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
+        tensor.shape, generator=generator, device=generator.device, dtype=torch.float32
     )
     values = values * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 1 + values * 0.3
     # In the same memory format: kernels look at strides.

@@ -356,6 +356,8 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
         return "the model itself cannot be a member: fuse a module around it"
     if has_global_hooks():
         return "a global module hook is registered"
+    if len(devices := _devices_of(group)) > 1 and "meta" not in devices:
+        return f"the weights are on several devices: {', '.join(devices)}"
     for role, member in zip(roles, group.modules, strict=True):
         foreign = why_foreign(member)
         if foreign is not None:
