@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from module_fusion import DeferredUseError, FusionError
 from module_fusion.modules import state_of
@@ -129,7 +129,11 @@ class Twins:
             if not (hooked or self.case.modifies_in_place):
                 raise
             reject()
-        assert got == wanted
+        if CheckpointError in (got[0], wanted[0]):
+            # Of a model that was changed meanwhile, a checkpoint runs what it gets to.
+            assert None not in (got[0], wanted[0])
+        else:
+            assert got == wanted
         return wanted[0] is None
 
     def paths(self, wanted: Callable[[nn.Module], bool]) -> list[str]:

@@ -485,12 +485,12 @@ def test_the_operators_are_registered_as_torch_expects(device: str, channels_las
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_few_patches_in_fp32_are_left_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_or_short_patches_in_fp32_are_left_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     launches = []
     monkeypatch.setattr(_ops._launch, "output", lambda x, *_: launches.append(x.size(0)))
-    proj = conv2d("cuda")
-    for rows in (4095, 4096):
+    wide, narrow = (nn.Conv2d(3, n, 8, 8, device="cuda") for n in (64, 63))
+    for rows, proj in ((4095, wide), (4096, wide), (4097, narrow)):
         with torch.no_grad():
             bound(proj)(torch.empty(rows, 3, 8, 8, device="cuda"))
     assert launches == [4096]
