@@ -72,6 +72,9 @@ class CapturedCall:
         weights: list[Tensor],
         context: Context,
     ) -> None:
+        if holds_none(args, kwargs):
+            # No value can stand for None: `is` asks nobody.
+            raise NotCapturableError("got None, which it may return as it is")
         known = self.weights = len(weights)
         self.run = run
         self.module = module
@@ -157,6 +160,15 @@ class CapturedCall:
         if not self.done and self._is_as_it_was() and self._why_not_plain_still() is None:
             self.result()
 
+    def settle_for_compiled_code(self) -> None:
+        """Compute the value of a call in eager mode before torch.compile traces its use.
+
+        A trace cannot count modifications. Later calls run at once, or every one is traced anew.
+        """
+        if self.versions is not None:
+            self.settle()
+            self.origin.used_in_compiled_code = True
+
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place or replaced since the call."""
         if not self._is_as_it_was():
@@ -164,6 +176,8 @@ class CapturedCall:
 
     def _is_as_it_was(self) -> bool:
         if torch.compiler.is_dynamo_compiling():
+            if self.versions is not None:
+                return False  # Or it would have been computed before.
             look_at_trace(self)
             return True
         if self.versions is None:
@@ -245,7 +259,12 @@ class DeferredOutput:
         sees the plain object that it can trace.
         """
         frame = sys._getframe(1)
-        if "_captured_call" not in self.__dict__ or _is_of_dynamo(frame):
+        if "_captured_call" not in self.__dict__:
+            return DeferredOutput
+        if _is_compiling():
+            self.__dict__["_captured_call"].settle_for_compiled_code()
+            return DeferredOutput
+        if _is_of_dynamo(frame):
             return DeferredOutput
         value = materialise(self)
         if not isinstance(value, Tensor):
@@ -389,6 +408,14 @@ def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(type(kwargs[name]) is DeferredOutput for name in kwargs)
 
 
+def holds_none(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call was given None directly."""
+    for value in args:
+        if value is None:
+            return True
+    return any(kwargs[name] is None for name in kwargs)
+
+
 def _note(value: Any, tensors: list[Tensor]) -> None:
     """Add the tensors in a captured input to `tensors`; refuse what could change unnoticed."""
     kind = type(value)
@@ -434,8 +461,13 @@ def _refuse_in_autograd_function(call: CapturedCall) -> None:
         )
 
 
+def _is_compiling() -> bool:
+    """Whether torch.compile is at work here: it asks itself, or by code of others."""
+    return torch._guards.CompileContext.current_compile_id() is not None
+
+
 def _is_of_dynamo(frame: FrameType) -> bool:
-    """Whether torch.compile asks: while it traces, or in the code of a guard."""
+    """Whether torch.compile asks, in its own code or in that of a guard."""
     code = frame.f_code
     guard = code.co_filename == "<string>" and code.co_varnames[:1] == ("L",)
     return guard or code.co_filename.startswith(_DYNAMO)

@@ -59,13 +59,15 @@ class ModuleState:
         inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
         plan: how the parameters of `forward` are fed, on a collector.
-        returned: number of values that `forward` returned, None before it was called.
+        returned: of each value that `forward` returned whether it was None, before it was
+            called None.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
         speculation: whether to capture while torch.compile traces.
+        used_in_compiled_code: whether a call in eager mode was, since the module was fused.
         reason: why the last call was not captured.
     """
 
@@ -76,12 +78,13 @@ class ModuleState:
     boundary_of: int = 0
     outputs: int = 1
     plan: Any = None
-    returned: int | None = None
+    returned: tuple[bool, ...] | None = None
     chain: Any = None
     armed: int = 0
     form: MemberForm | None = None
     running: Set[int] = frozenset()
     speculation: Speculation
+    used_in_compiled_code: bool = False
     reason: str | None = None
     inside: dict[int, list[weakref.ref[CapturedCall]]]
 
@@ -165,7 +168,8 @@ class RegistryCollector(_Swapped):
             args, kwargs = computed(args), computed(kwargs)
         output = super().__call__(*args, **kwargs)
         if state.returned is None and not torch.compiler.is_dynamo_compiling():
-            state.returned = len(output) if type(output) is tuple else 1
+            values = output if type(output) is tuple else (output,)
+            state.returned = tuple([value is None for value in values])
         return output
 
 
@@ -403,6 +407,9 @@ def _capture(
         caller = get_ident()
         if caller in state.running:
             return None
+        if state.used_in_compiled_code:
+            state.reason = f"the output of {state.name} goes into compiled code"
+            return None
         inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
         # A checkpoint in the forward around it calls its function again in the backward.
         if inside is None and torch._C._current_graph_task_id() == -1:
@@ -452,8 +459,10 @@ def _why_not_unpacked(
     """Why it is not certain how many values the call returns."""
     if state.returned is None:
         return "has to run once outside torch.compile, to see how many values it returns"
-    if state.returned != state.outputs:
-        return f"returns {state.returned} values, its spec names {state.outputs} outputs"
+    if len(state.returned) != state.outputs:
+        return f"returns {len(state.returned)} values, its spec names {state.outputs} outputs"
+    if any(state.returned):
+        return "returns None among its outputs, and no value can stand for that"
     values = state.plan.bind(args, kwargs)
     left_out = isinstance(values, str) or any(
         source is None and value is not Parameter.empty

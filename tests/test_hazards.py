@@ -17,6 +17,7 @@ import support
 import torch
 from support import Block, Mlp, Norm, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -287,6 +288,98 @@ def test_under_torch_compile_any_other_use_of_the_value_is_the_unfused_one(
         assert "_fusion" not in module.__dict__
 
 
+class Gate(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("where", ["graph break", "compiled sibling", "compiled in place"])
+def test_a_value_that_waits_goes_into_compiled_code_as_the_unfused_one(
+    x: Tensor, where: str, backend: str
+) -> None:
+    """A frame that starts with a captured output: the rest of one, or another module's."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        if where == "graph break":
+            torch._dynamo.graph_break()
+        return x + self.gate(h) * self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].gate = Gate().to(x.device)
+    counter = CompileCounterWithBackend(backend)
+
+    def compiles_and_gradients() -> tuple[list[int], list[Tensor]]:
+        torch.compiler.reset()
+        counter.frame_count = 0
+        run: Any = model
+        if where == "graph break":
+            run = torch.compile(model, backend=counter)
+        elif where == "compiled sibling":
+            model[0].gate = torch.compile(gate, backend=counter, fullgraph=True)
+        else:
+            model[0].gate.compile(backend=counter, fullgraph=True)
+        counts, found = [], []
+        for scale in (1, 2, 3):
+            found += gradients(run, x * scale)
+            counts.append(counter.frame_count)
+        model[0].gate, gate._compiled_call_impl = gate, None
+        return counts, found
+
+    gate = model[0].gate
+    before, expected = compiles_and_gradients()
+    fuse(model, members_kernel(1))
+    counts, got = compiles_and_gradients()
+    assert torch.equal(got[0], expected[0])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)  # The gradient of a value that is used twice.
+    # Nothing is compiled again at every call that was not before.
+    assert counts[2] - counts[1] <= before[2] - before[1]
+    assert counts[0] > 0
+
+
+def test_a_value_that_waits_is_not_computed_anew_in_compiled_code(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x * 1
+        h = self.norm(x)
+        if self.modifies:
+            x.add_(1)
+        return self.gate(h) + self.mlp(h)
+
+    model = model_of(forward, x.device)
+    model[0].modifies = False
+    model[0].gate = torch.compile(Gate().to(x.device), backend="eager")
+    expected = model(x)
+    fuse(model, members_kernel(1))
+    model[0].modifies = True
+    with pytest.raises(DeferredUseError, match="modified in place or replaced"), torch.no_grad():
+        model(x)
+    model[0].modifies = False
+    assert torch.equal(model(x), expected)
+    assert "goes into compiled code" in str(path_of(model)[2])
+    fuse(model, members_kernel(1))
+    assert "goes into compiled code" not in str(path_of(model)[2])
+
+
+def test_a_value_that_was_computed_goes_into_compiled_code_as_it_is(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        before = h.sum()
+        return self.gate(h) + self.mlp(h) + before
+
+    model = model_of(forward, x.device)
+    model[0].gate = Gate().to(x.device)
+    expected = model(x)
+    model[0].gate = torch.compile(model[0].gate, backend="eager", fullgraph=True)
+    fuse(model, members_kernel(1))
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+
+
 def test_under_torch_compile_an_untouched_value_still_reaches_the_kernel_elsewhere(
     x: Tensor,
 ) -> None:
@@ -374,6 +467,57 @@ def test_a_spec_with_the_wrong_number_of_outputs_runs_the_members(x: Tensor) -> 
         assert torch.equal(model(x), expected)
         assert path_of(model)[:2] == (0, calls)
     assert "returns 2 values, its spec names 3 outputs" in str(path_of(model)[2])
+
+
+class Passing(Norm):
+    """Passes what it does not work on: a context, None where there is none."""
+
+    def forward(self, x: Any, context: Any = None) -> Any:  # type: ignore[override]
+        return context if x is None else super().forward(x), context
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, Norm], ids=["identity", "with a weight"])
+def test_a_member_that_may_return_the_none_it_is_given_runs_at_its_call(
+    x: Tensor, norm: type[nn.Module]
+) -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = norm(), Mlp()
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            context = self.norm(context)
+            return self.mlp(x if context is None else x + context)
+
+    if norm is Norm:
+        norm = type("Lenient", (Norm,), {"forward": lambda s, x: x if x is None else x * s.weight})
+    model = nn.ModuleList([Optional()]).to(x.device)
+    expected = model[0](x), model[0](x, x)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    assert torch.equal(model[0](x), expected[0])
+    assert "norm got None, which it may return as it is" in str(path_of(model)[2])
+    assert torch.equal(model[0](x, x), expected[1])
+    compiled = torch.compile(model[0], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected[0])
+    assert torch.equal(compiled(x, x), expected[1])
+
+
+def test_an_element_that_is_none_is_none_for_the_parent(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h, context = self.norm(x)
+        return x + self.mlp(h) * (1 if context is None else 2)
+
+    model = model_of(forward, x.device)
+    model[0].norm = Passing().to(x.device)
+    expected = model(x)
+    specs = [ModuleSpec(["x"], ["h", "_"]), ModuleSpec(["h"])]
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+    assert "returns None among its outputs" in str(path_of(model)[2])
 
 
 class TwoInputs(Mlp):

@@ -435,6 +435,15 @@ def test_each_gradient_is_compared_by_its_own_size() -> None:
             checked(unused=torch.zeros(1))
 
 
+def test_a_twin_without_finite_gradients_tells_nothing_of_their_rounding() -> None:
+    torch.manual_seed(0)
+    expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))
+    right = dict(expected.gradients or {})
+    assert set(right) > set(compare._noise(expected.built, right)) >= {"large", "shift"}
+    overflowing = {**right, "shift": torch.full((1,), torch.nan)}
+    assert "shift" not in compare._noise(expected.built, overflowing)
+
+
 def test_outputs_of_fuse_are_the_same_but_for_the_values_of_real_numbers() -> None:
     real = torch.rand(3)
     compare.check_alike(flat((real, 1)), flat((real + 1e-6, 1)), "now")

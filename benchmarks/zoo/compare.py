@@ -99,7 +99,9 @@ def _noise(twin: Built, gradients: dict[str, Tensor | None]) -> dict[str, float]
     for name, gradient in gradients.items():
         truth = exact[name]
         if gradient is not None and truth is not None and gradient.numel():
-            found[name] = float((gradient - truth).abs().max())
+            error = float((gradient - truth).abs().max())
+            if math.isfinite(error):
+                found[name] = error
     return found
 
 
