@@ -67,7 +67,7 @@ class ModuleState:
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
         speculation: whether to capture while torch.compile traces.
-        used_in_compiled_code: whether a call in eager mode was, since the module was fused.
+        used_in_compiled_code: whether a call in eager mode was, since the kernel was chosen.
         reason: why the last call was not captured.
     """
 

@@ -104,6 +104,7 @@ class FusedKernel(nn.Module):
             state.armed += int(armed) - int(self.__dict__["_armed"])
             if armed:
                 state.form = forms[index]
+                state.used_in_compiled_code = False
         self.__dict__["_armed"] = armed
         chain = None if states[-1] is None else states[-1].chain
         if chain is not None:

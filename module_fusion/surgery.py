@@ -279,7 +279,6 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         else:
             state.role, state.outputs, state.plan = RegistryCollector, plan.outputs, plan
             state.speculation = job.speculation
-            state.used_in_compiled_code = False
             state.collects_for += 1
         set_class(member, state)
     if job.boundary is not None:

@@ -361,8 +361,14 @@ def test_a_value_that_waits_is_not_computed_anew_in_compiled_code(x: Tensor) -> 
     model[0].modifies = False
     assert torch.equal(model(x), expected)
     assert "goes into compiled code" in str(path_of(model)[2])
-    fuse(model, members_kernel(1))
-    assert "goes into compiled code" not in str(path_of(model)[2])
+    model[0].gate = model[0].gate._orig_mod
+    for again in (False, True):
+        kernel = members_kernel(1)
+        if again:
+            fuse(model, kernel)
+        assert torch.equal(model(x), expected)
+        assert runs(kernel) == 0  # The parent uses the value first.
+        assert ("goes into compiled code" in str(path_of(model)[2])) is not again
 
 
 def test_a_value_that_was_computed_goes_into_compiled_code_as_it_is(x: Tensor) -> None:
