@@ -184,7 +184,8 @@ class Chain:
             function = _imported(*function)
         if self.seat is not None and function is not None:
             self.seat.forward = MethodType(function, self.seat) if is_method else function
-            self.seat.__dict__["_capabilities"] = capabilities
+            if capabilities:  # None were asked for if the original had no use for the kernel.
+                self.seat.__dict__["_capabilities"] = capabilities
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         from copy import deepcopy

@@ -114,11 +114,12 @@ def _reached_from(cls: Any) -> Iterator[tuple[FunctionType, type | None]]:
 
 
 def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]) -> str | None:
-    """The name of a module of torch that may get a captured output and treats it in another way.
+    """The name of a module that may get a captured output and treats it in another way.
 
     Attention and its layers in torch ask `has_torch_function`, and what has one goes a slower
-    way, which rounds differently and fills padding differently. A module that the code calls
-    before any member whose output is captured gets none.
+    way, which rounds differently and fills padding differently. A compiled module is compiled
+    once more for it. A module that the code calls before any member whose output is captured
+    gets none.
     """
     ids, collectors = set(map(id, members)), set(map(id, members[:-1]))
     asking: dict[str, str] = {}
@@ -133,6 +134,8 @@ def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]
                 pending.extend(current.children())
                 if any(map(_has_a_way_of_its_own, type(current).__mro__)):
                     asking[name] = type(current).__name__
+                elif is_compiled(current):
+                    asking[name] = f"a compiled {type(current).__name__}"
     order = _order_of_calls(type(module)) if asking else {}
     first = min((order.get(name, -1) for name in capturing), default=-1)
     late = (cls for name, cls in asking.items() if not order.get(name, first) < first)
@@ -159,6 +162,14 @@ def _names_in(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names_in(constant)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module, and of it alone, go through `torch.compile`."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        return True
+    return module._compiled_call_impl is not None
 
 
 def _has_a_way_of_its_own(cls: Any) -> bool:

@@ -20,7 +20,7 @@ from .modules import KEY, ModuleState, expected_class
 from .verifying.structures import is_plain, same_bits
 
 # What `nn.Module` itself has in every instance, or puts there when it is compiled.
-_COUNTS = ("kernel_calls", "member_calls", "reason", "returned", "holds")
+_COUNTS = ("kernel_calls", "member_calls", "reason", "holds")
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
 
 

@@ -57,6 +57,11 @@ def calling_context() -> Context:
     )
 
 
+def saved_tensors_hooks() -> Any:
+    """The hooks for saved tensors that are in force, None if there are none."""
+    return top_saved_tensors_hooks(True)
+
+
 def has_global_hooks() -> bool:
     """Whether a hook is registered for all modules."""
     return any(_GLOBAL_HOOKS)

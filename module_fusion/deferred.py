@@ -85,6 +85,7 @@ class CapturedCall:
         self.context = context
         self.versions: list[tuple[int, bool]] | None = None
         self.copied: list[int] = []
+        self.refusal: str | None = None
         self.done = False
         self.value: Any = None
         if torch.compiler.is_dynamo_compiling():
@@ -157,7 +158,9 @@ class CapturedCall:
 
     def settle(self) -> None:
         """Compute the value while that is still possible."""
-        if not self.done and self._is_as_it_was() and self._why_not_plain_still() is None:
+        if self.done or self.refusal is not None:
+            return
+        if self._is_as_it_was() and self._why_not_plain_still() is None:
             self.result()
 
     def settle_for_compiled_code(self) -> None:
@@ -165,12 +168,22 @@ class CapturedCall:
 
         A trace cannot count modifications. Later calls run at once, or every one is traced anew.
         """
-        if self.versions is not None:
-            self.settle()
-            self.origin.used_in_compiled_code = True
+        if self.versions is None or self.done:
+            return
+        self.origin.speculation.used_in_compiled_code = True
+        if self.context[5] is not None:
+            self.refusal = (
+                f"The output of {self.path!r} went into compiled code in a checkpoint. The "
+                f"modules run from now on, so that what is run again in the backward would not be "
+                f"what ran here. Call the model again; or fuse it after compiling parts of it."
+            )
+            return
+        self.settle()
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place or replaced since the call."""
+        if self.refusal is not None:
+            raise DeferredUseError(self.refusal)
         if not self._is_as_it_was():
             self._refuse_modified()
 
@@ -343,10 +356,11 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
     fields = getattr(kind, "__dataclass_fields__", None)
     if not isinstance(value, (dict, list)) and fields is None:
         return value
-    if seen is not None and id(value) in seen:
-        return value
-    seen = {} if seen is None else seen
-    seen[id(value)] = value
+    if not torch.compiler.is_dynamo_compiling():  # It knows no `id` of a container.
+        seen = {} if seen is None else seen
+        if id(value) in seen:
+            return value
+        seen[id(value)] = value
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
             item = value[key]
@@ -363,7 +377,7 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
 
 
 def _materialised_tuple(value: tuple[Any, ...], seen: dict[int, Any] | None) -> Any:
-    traced = torch.compiler.is_dynamo_compiling()  # It knows no `id` of a tuple.
+    traced = torch.compiler.is_dynamo_compiling()
     if not traced:
         seen = {} if seen is None else seen
         if id(value) in seen:
@@ -409,11 +423,11 @@ def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def holds_none(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call was given None directly."""
+    """Whether a call was given None, by itself or in a tuple."""
     for value in args:
-        if value is None:
+        if value is None or (type(value) is tuple and holds_none(value, {})):
             return True
-    return any(kwargs[name] is None for name in kwargs)
+    return bool(kwargs) and holds_none(tuple([kwargs[name] for name in kwargs]), {})
 
 
 def _note(value: Any, tensors: list[Tensor]) -> None:

@@ -30,12 +30,12 @@ from .bytecode import (
     loads_in,
     methods_of,
     resolved,
-    returns_none,
     self_of,
     stores_in,
     uses_super,
 )
 from .deferred import IMMUTABLE
+from .returns import may_return_none
 
 _RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manual_seed")
 _RANDOM_NAMES = frozenset(
@@ -148,7 +148,7 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
         return Effect("runs code that is not Python", _always)
     if is_of_torch(forward):
         return _effect_in_torch(module, cls, forward)
-    if returns_none(forward.__code__):
+    if may_return_none(forward):
         # No value can stand for None: `is` asks nobody.
         return Effect("may return None", _always)
     try:

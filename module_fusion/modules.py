@@ -12,7 +12,7 @@ import copyreg
 import functools
 import weakref
 from collections.abc import Mapping, Set
-from inspect import Parameter
+from contextlib import suppress
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .bytecode import layers_of
-from .context import calling_context
+from .context import calling_context, saved_tensors_hooks
 from .deferred import (
     CapturedCall,
     DeferredOutput,
@@ -59,15 +59,14 @@ class ModuleState:
         inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
         plan: how the parameters of `forward` are fed, on a collector.
-        returned: of each value that `forward` returned whether it was None, before it was
-            called None.
+        returned: number of values that `forward` certainly returns, None where its code does
+            not tell.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
         speculation: whether to capture while torch.compile traces.
-        used_in_compiled_code: whether a call in eager mode was, since the kernel was chosen.
         reason: why the last call was not captured.
     """
 
@@ -78,15 +77,14 @@ class ModuleState:
     boundary_of: int = 0
     outputs: int = 1
     plan: Any = None
-    returned: tuple[bool, ...] | None = None
+    returned: int | None = None
     chain: Any = None
     armed: int = 0
     form: MemberForm | None = None
     running: Set[int] = frozenset()
     speculation: Speculation
-    used_in_compiled_code: bool = False
     reason: str | None = None
-    inside: dict[int, list[weakref.ref[CapturedCall]]]
+    inside: dict[int, Inside]
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self.original = original_class(module)
@@ -106,6 +104,21 @@ class ModuleState:
             "reason": None,
         }
         return {**self.__dict__, **fresh}
+
+
+class Inside:
+    """One forward of a module around chains, in one thread.
+
+    Attributes:
+        calls: that were captured in it, weakly.
+        hooks: for saved tensors, as they were when it began.
+        backward: in which it runs, by number; -1 for none.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[weakref.ref[CapturedCall]] = []
+        self.hooks = saved_tensors_hooks()
+        self.backward = torch._C._current_graph_task_id()
 
 
 class _Swapped(_Mixin):
@@ -166,11 +179,7 @@ class RegistryCollector(_Swapped):
             return captured
         if holds_deferred(args, kwargs):
             args, kwargs = computed(args), computed(kwargs)
-        output = super().__call__(*args, **kwargs)
-        if state.returned is None and not torch.compiler.is_dynamo_compiling():
-            values = output if type(output) is tuple else (output,)
-            state.returned = tuple([value is None for value in values])
-        return output
+        return super().__call__(*args, **kwargs)
 
 
 class FusedModule(_Swapped):
@@ -353,9 +362,14 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
             return output if type(output) is Tensor else materialise(output)
         inside, caller = state.inside, get_ident()
         outer = inside.get(caller)
-        captured = inside[caller] = []
+        here = inside[caller] = Inside()
         try:
             output = original.forward(self, *args, **kwargs)
+        except BaseException:
+            if here.hooks is None:  # A checkpoint stops in this way when it has enough.
+                with suppress(Exception):
+                    _settle_kept(self, here)
+            raise
         finally:
             if outer is None:
                 del inside[caller]
@@ -363,15 +377,19 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
                 inside[caller] = outer
         if type(output) is not Tensor:
             output = materialise(output)
-        kept = [call for reference in captured if (call := reference()) is not None]
-        if kept:
-            # Such as on an object: nobody may find it uncomputed.
-            for call in kept:
-                call.settle()
-            _replace_kept(self)
+        _settle_kept(self, here)
         return output
 
     return forward
+
+
+def _settle_kept(module: nn.Module, inside: Inside) -> None:
+    """Compute what is still held somewhere, such as on an object: nobody may find it uncomputed."""
+    kept = [call for reference in inside.calls if (call := reference()) is not None]
+    for call in kept:
+        call.settle()
+    if kept:
+        _replace_kept(module)
 
 
 def _replace_kept(module: nn.Module) -> None:
@@ -407,13 +425,9 @@ def _capture(
         caller = get_ident()
         if caller in state.running:
             return None
-        if state.used_in_compiled_code:
-            state.reason = f"the output of {state.name} goes into compiled code"
-            return None
         inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
-        # A checkpoint in the forward around it calls its function again in the backward.
-        if inside is None and torch._C._current_graph_task_id() == -1:
-            state.reason = f"{state.name} is called outside the forward of the module around it"
+        state.reason = _why_not_there(state, inside)
+        if state.reason is not None:
             return None
     call, reason = _captured_call(module, state, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
@@ -421,10 +435,27 @@ def _capture(
     if call is None:
         return None
     if inside is not None:
-        inside.append(weakref.ref(call))
+        inside.calls.append(weakref.ref(call))
     if state.outputs == 1:
         return DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
+
+
+def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
+    """Why nothing is captured at this place, None if it is.
+
+    A checkpoint runs a part of the forward again in the backward, and what is captured has to be
+    the same both times. So either all of the forward is in it, or nothing in it is captured.
+    """
+    if inside is None:
+        return f"{state.name} is called outside the forward of the module around it"
+    if inside.hooks != saved_tensors_hooks():
+        return f"{state.name} is in a checkpoint, or under other hooks for saved tensors, alone"
+    if inside.backward != torch._C._current_graph_task_id():
+        return f"{state.name} is called in a backward"
+    if state.speculation.used_in_compiled_code:
+        return f"the output of {state.name} goes into compiled code"
+    return None
 
 
 def _captured_call(
@@ -443,8 +474,10 @@ def _captured_call(
         holder = reference()
         if holder is not None and has_hooks(holder):
             return None, f"a module around {state.name} or another member has a hook"
+    if (len(args) != 1 or kwargs) and not state.plan.takes(args, kwargs):
+        return None, f"{state.name} is called with other arguments than its forward names"
     if state.outputs > 1:
-        reason = _why_not_unpacked(state, args, kwargs)
+        reason = _why_not_unpacked(state)
         if reason is not None:
             return None, f"{state.name} {reason}"
     try:
@@ -453,23 +486,10 @@ def _captured_call(
         return None, f"{state.name} {error}"
 
 
-def _why_not_unpacked(
-    state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
+def _why_not_unpacked(state: ModuleState) -> str | None:
     """Why it is not certain how many values the call returns."""
     if state.returned is None:
-        return "has to run once outside torch.compile, to see how many values it returns"
-    if len(state.returned) != state.outputs:
-        return f"returns {len(state.returned)} values, its spec names {state.outputs} outputs"
-    if any(state.returned):
-        return "returns None among its outputs, and no value can stand for that"
-    values = state.plan.bind(args, kwargs)
-    left_out = isinstance(values, str) or any(
-        source is None and value is not Parameter.empty
-        for value, source in zip(values, state.plan.sources, strict=True)
-    )
-    return (
-        "got an argument that its spec leaves out, and may return other values"
-        if left_out
-        else None
-    )
+        return "may return None, or another number of values than its spec names outputs"
+    if state.returned != state.outputs:
+        return f"returns {state.returned} values, its spec names {state.outputs} outputs"
+    return None

@@ -6,6 +6,8 @@ no parameters; a kernel reaches the members by role, `self.norm`, `self.mlp`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import keyword
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +18,14 @@ import torch
 from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
+from .bytecode import layers_of
 from .deferred import DeferredOutput
 from .effects import is_code_read_once
 from .errors import SpecMismatchError
 from .modules import call_as_itself, state_of
 from .packing import PackedWeights, Packing, packed_weights, why_not_packed
 from .plain import MemberForm
+from .returns import values_returned
 from .spec import External, Plan
 
 _MISSING = object()
@@ -65,6 +69,8 @@ class FusedKernel(nn.Module):
     _packings: tuple[Packing, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            self._check_parameters(value)
         super().__setattr__(name, value)
         if name == "forward":
             self._arm()
@@ -90,6 +96,18 @@ class FusedKernel(nn.Module):
         function = getattr(forward, "__func__", forward)
         return None if function is type(self).forward else function
 
+    def _check_parameters(self, forward: Any) -> None:
+        """Refuse a kernel for other inputs.
+
+        `kernels` compares the first class only that it serves with a layer, by number and kind.
+        """
+        function = getattr(forward, "__func__", None)
+        found = _parameters(forward) if function is None else _parameters(function)[1:]
+        wanted = _parameters(type(self).forward)[1:]
+        if [p.kind for p in found] != [p.kind for p in wanted]:
+            taken, given = (", ".join(p.name for p in some) for some in (found, wanted))
+            raise TypeError(f"its forward takes ({taken}), the chain's inputs are ({given})")
+
     def _arm(self) -> None:
         """Tell the members whether a kernel waits for them, and record their form for it."""
         states = [state_of(member) for member in self.members()]
@@ -104,7 +122,9 @@ class FusedKernel(nn.Module):
             state.armed += int(armed) - int(self.__dict__["_armed"])
             if armed:
                 state.form = forms[index]
-                state.used_in_compiled_code = False
+                if index < len(states) - 1:
+                    state.returned = _values_returned(state.original)
+                    state.speculation.used_in_compiled_code = False
         self.__dict__["_armed"] = armed
         chain = None if states[-1] is None else states[-1].chain
         if chain is not None:
@@ -194,6 +214,16 @@ class FusedKernel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a kernel's seat is copied with its FusedModule")
+
+
+def _values_returned(cls: Any) -> int | None:
+    layers = layers_of(cls.forward)
+    return values_returned(layers[0]) if len(layers) == 1 else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(function: Any) -> tuple[Parameter, ...]:
+    return tuple(inspect.signature(function).parameters.values())
 
 
 def _only(devices: set[torch.device]) -> torch.device | None:

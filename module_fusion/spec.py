@@ -101,6 +101,16 @@ class MemberPlan:
             values[position] = value
         return values
 
+    def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call names parameters only, and leaves out none that it needs."""
+        values = self.bind(args, kwargs)
+        if isinstance(values, str):
+            return False
+        for value, default in zip(values, self.defaults, strict=True):
+            if value is Parameter.empty and default is Parameter.empty:
+                return False
+        return True
+
 
 @dataclass(frozen=True)
 class Plan:

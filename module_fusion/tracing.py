@@ -29,10 +29,14 @@ class Speculation:
     the fused module turns out to use a captured value, start again with nothing captured. So
     a graph holds either the kernel or what the unfused model has. Blocks of the same classes
     that are fused by one call share one.
+
+    In eager mode it does not hold either once a captured value went into compiled code: there
+    the same trace is for all of those blocks.
     """
 
     def __init__(self) -> None:
         self.holds = True
+        self.used_in_compiled_code = False
 
 
 def trace_again(call: Any) -> None:

@@ -234,14 +234,13 @@ class Case:
         return self.has(*IN_PLACE)
 
     @property
-    def calls(self) -> int:
-        """Calls per run: the first one shows how many values a member returns."""
-        return 2 if Split in self.kinds else 1
+    def sums_gradients(self) -> bool:
+        """Whether a value is used, or a member called, more than once in a block.
 
-    @property
-    def uses_an_output_twice(self) -> bool:
-        """Whether a member's output is used by more than one step or returned besides."""
+        Where a member runs later than at its call, such gradients are summed in another order.
+        """
         used = list(self.returned[1])
+        called = [step.member for step in self.steps if isinstance(step, Call)]
         boxed: dict[str, str] = {}
         for step in self.steps:
             if isinstance(step, Call):
@@ -249,10 +248,9 @@ class Case:
             elif step.kind == "box":  # What comes out of a box is what went in.
                 boxed[step.out] = boxed.get(step.source, step.source)
             else:
-                used.append(step.source)
+                used += [step.source, *(["x"] if step.kind in ("add", "cat", "second") else [])]
         used = [boxed.get(name, name) for name in used]
-        outputs = [out for step in self.steps if isinstance(step, Call) for out in step.outs]
-        return any(used.count(out) > 1 for out in outputs)
+        return any(some.count(one) > 1 for some in (used, called) for one in some)
 
     def build(self) -> Stack:
         torch.manual_seed(self.seed)

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_closes_over_the_value_gives_the_right_gradients(x: Te
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpoint_around_the_whole_block_runs_the_kernel_with_the_right_gradients(
+def test_a_checkpoint_around_all_that_a_block_does_has_the_right_gradients(
     x: Tensor, use_reentrant: bool
 ) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -100,7 +100,8 @@ def test_a_checkpoint_around_the_whole_block_runs_the_kernel_with_the_right_grad
     expected = gradients(model, x)
     fuse(model)
     assert_same(gradients(model, x), expected)
-    assert path_of(model)[:2] == (2, 0)
+    # A reentrant one need not do the same again: its first run keeps nothing for the backward.
+    assert path_of(model)[:2] == ((1, 1) if use_reentrant else (0, 2))
 
 
 def test_saved_tensor_hooks_around_the_last_member_do_not_reach_the_first(x: Tensor) -> None:
@@ -352,16 +353,17 @@ def test_a_value_that_waits_is_not_computed_anew_in_compiled_code(x: Tensor) -> 
 
     model = model_of(forward, x.device)
     model[0].modifies = False
-    model[0].gate = torch.compile(Gate().to(x.device), backend="eager")
+    model[0].gate = Gate().to(x.device)
     expected = model(x)
     fuse(model, members_kernel(1))
+    model[0].gate.compile(backend="eager")
     model[0].modifies = True
     with pytest.raises(DeferredUseError, match="modified in place or replaced"), torch.no_grad():
         model(x)
     model[0].modifies = False
     assert torch.equal(model(x), expected)
     assert "goes into compiled code" in str(path_of(model)[2])
-    model[0].gate = model[0].gate._orig_mod
+    model[0].gate._compiled_call_impl = None
     for again in (False, True):
         kernel = members_kernel(1)
         if again:
@@ -452,13 +454,10 @@ def test_a_tuple_returning_member_is_unpacked_without_a_spec(x: Tensor) -> None:
 def test_a_tuple_returning_member_with_a_spec_is_deferred_element_by_element(x: Tensor) -> None:
     model = tuple_model(x.device)
     expected = model(x)
-    model[0].norm.calls = 0
     specs = [ModuleSpec(["x"], ["h", "_"]), ModuleSpec(["h"])]
     kernel = members_kernel(1)
     with mapped(Kernel=kernel):
         fuse_modules(model, PATHS, specs, kernel="Kernel")
-    assert torch.equal(model(x), expected)
-    assert runs(kernel) == 0  # The first call shows how many values there are.
     assert torch.equal(model(x), expected)
     assert runs(kernel) == 1
 
@@ -523,7 +522,7 @@ def test_an_element_that_is_none_is_none_for_the_parent(x: Tensor) -> None:
         fuse_modules(model, PATHS, specs, kernel="Kernel")
     for _ in range(3):
         assert torch.equal(model(x), expected)
-    assert "returns None among its outputs" in str(path_of(model)[2])
+    assert "may return None, or another number of values" in str(path_of(model)[2])
 
 
 class TwoInputs(Mlp):
@@ -1170,7 +1169,7 @@ def test_a_tuple_whose_length_depends_on_an_argument_is_unpacked_as_it_is(x: Ten
         specs = [ModuleSpec(["x"], ["y", "_"]), ModuleSpec(["y"])]
         fuse_modules(model, PATHS, specs, kernel="Kernel")
     assert_same([block(x), block(x), block(x, True), block(x)], expected)
-    assert runs(kernel) == 2  # Not the first call, and not the one with the argument.
+    assert runs(kernel) == 0  # How many there are shows at the call.
 
 
 def test_a_hook_added_between_call_and_use_is_an_error_that_names_it(x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from structure import structure
 from support import (
     PATHS,
     InMemoryRepository,
+    Mlp,
     Model,
     Norm,
     WeightKernel,
@@ -616,8 +618,6 @@ def test_forward_mode_derivatives_are_not_left_to_a_kernel(x: Tensor) -> None:
 def test_what_a_kernel_declares_goes_with_a_copy_of_the_model(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import copy
-
     from kernels.layer import layer
 
     fuse(model, InferenceKernel, mode=Mode.INFERENCE)
@@ -711,3 +711,66 @@ def test_the_reason_of_an_earlier_kernel_goes_with_it(model: Model, x: Tensor) -
     assert [(g.path, g.reason) for g in report(model).groups] == [("kernel", None)] * len(
         model.layers
     )
+
+
+class WithOther(Norm):
+    """Takes two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + y)
+
+
+class Called(nn.Module):
+    """Calls its members with whatever it is given."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm, Mlp()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.mlp(self.norm(*args, **kwargs))  # type: ignore[no-any-return]
+
+
+def test_a_kernel_for_other_inputs_is_refused_also_after_it_served_a_chain(x: Tensor) -> None:
+    """`kernels` compares a layer with the first class that it serves, and with no other."""
+    one, two = Called(Norm()).to(x.device), Called(WithOther()).to(x.device)
+    expected = two(x, x)
+    with mapped(K=members_kernel(1)):
+        fuse_modules(one, ["norm", "mlp"], kernel="K")
+        with pytest.raises(NotFusableError, match=r"takes \(a0\), the chain's inputs are \(x, y\)"):
+            fuse_modules(two, ["norm", "mlp"], kernel="K")
+    assert report(two).groups == ()
+    assert torch.equal(two(x, x), expected)
+
+
+def test_a_copy_has_the_kernel_that_its_original_had_no_use_for(x: Tensor) -> None:
+    model = Called(Norm()).to(x.device)
+    expected = model(x)
+    model.mlp.down_proj = nn.Sequential(nn.Dropout(), model.mlp.down_proj)
+    kernel = members_kernel(1)
+    kernel.forward.prepare = lambda *members: None  # type: ignore[attr-defined]
+    with mapped(K=kernel):
+        fuse_modules(model, ["norm", "mlp"], kernel="K", mode=Mode.TRAINING)
+    model.mlp.down_proj = model.mlp.down_proj[1]
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        assert torch.equal(one(x), expected)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda m, x: m(y=x), lambda m, x: m(), lambda m, x: m(x, x)],
+    ids=["another name", "nothing", "one more"],
+)  # fmt: skip
+def test_a_call_that_the_member_would_refuse_is_refused_there_and_then(
+    x: Tensor, call: Any
+) -> None:
+    class Swallows(Called):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.norm(*args, **kwargs)  # The value is not used.
+            return self.mlp(self.norm(x))  # type: ignore[no-any-return]
+
+    model = Swallows(Norm()).to(x.device)
+    with mapped(K=members_kernel(1)):
+        fuse_modules(model, ["norm", "mlp"], kernel="K")
+    with pytest.raises(TypeError, match="argument"):
+        call(model, x)

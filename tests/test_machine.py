@@ -107,7 +107,7 @@ class Machine(Steps):
         self.fuse_by_family(True)
 
     def kernel(self, kind: str | None, paths: dict[str, str], specs: Any) -> str | None:
-        if self.case.uses_an_output_twice and kind is not None:
+        if self.case.sums_gradients and kind is not None:
             kind = "NoBackward"  # The gradient of such a value may be summed in another order.
         count = inputs_of(self.ours, paths, specs)
         return kind and f"{kind}{count}"

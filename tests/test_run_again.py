@@ -1,0 +1,226 @@
+"""A checkpoint runs a part of a forward again: what is captured is the same both times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import Mlp, Norm, mapped, members_kernel, runs
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+from written import PATHS, path_of
+
+from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, unfuse_modules
+
+Part = Callable[[Tensor], Tensor]
+
+
+class Scale(nn.Module):
+    """What it saves for the backward looks like what a product beside it saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Pair(Scale):
+    def forward(self, x: Tensor) -> Any:
+        return x * self.weight, torch.tanh(x)
+
+
+class Parallel(nn.Module):
+    """Computes something else between the first member and the last."""
+
+    def __init__(self, first: type[nn.Module] = Scale) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.gate = first(), Mlp(), nn.Sequential(Mlp())
+        self.other = nn.Parameter(torch.rand(8) + 3)
+        self.checkpoints = self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoints:
+            return checkpoint(self.part, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.part(x)
+
+    def part(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y = x * self.other
+        if self.fails:
+            raise Stop(h)
+        return y + self.mlp(h)
+
+
+class Stop(Exception):
+    """Carries a value out of a forward."""
+
+
+class Beside(Parallel):
+    """Another module gets the value too."""
+
+    def part(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y = x * self.other
+        return y + self.gate(h) + self.mlp(h)
+
+
+class Unpacking(Parallel):
+    def part(self, x: Tensor) -> Tensor:
+        h, _ = self.norm(x)
+        y = x * self.other
+        return y + self.mlp(h)
+
+
+def gradients(run: Part, model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    run(x).sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+def assert_close(got: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def fuse(block: nn.Module, kernel: type[nn.Module], specs: Any = None) -> nn.ModuleList:
+    model = nn.ModuleList([block])
+    with mapped(Kernel=kernel):
+        fuse_modules(model, PATHS, specs, kernel="Kernel")
+    return model
+
+
+PLACES: dict[str, Callable[[Any], Part]] = {
+    "around the block": lambda block: lambda x: checkpoint(block, x, use_reentrant=False),
+    "in its forward": lambda block: block,
+    "around a part of it, elsewhere": lambda block: (
+        lambda x: checkpoint(block.part, x, use_reentrant=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("first", [Scale, Pair])
+@pytest.mark.parametrize("where", PLACES)
+def test_wherever_a_checkpoint_is_the_gradients_are_right(
+    x: Tensor, where: str, first: type[nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    block = (Unpacking if first is Pair else Parallel)(first).to(x.device)
+    block.checkpoints = where == "in its forward"
+    run = PLACES[where](block)
+    expected = gradients(run, block, x)
+    kernel = members_kernel(1)
+    specs = [ModuleSpec(["x"], ["h", "_"]), ModuleSpec(["h"])] if first is Pair else None
+    model = fuse(block, kernel, specs)
+    for _ in range(2):
+        assert_close(gradients(run, block, x), expected)
+    assert (runs(kernel) > 0) == (where == "around the block")
+    run(x)
+    reasons = {
+        "in its forward": "norm is in a checkpoint, or under other hooks for saved tensors, alone",
+        "around a part of it, elsewhere": "norm is called outside the forward of the module around",
+    }
+    assert where not in reasons or reasons[where] in str(path_of(model)[2])
+
+
+def test_a_hook_of_the_backward_that_calls_a_member_gets_its_value(x: Tensor) -> None:
+    block = Parallel(Norm).to(x.device)
+
+    def run(x: Tensor) -> Tensor:
+        y = x * 1
+        y.register_hook(lambda gradient: block.norm(gradient))
+        return block(y)  # type: ignore[no-any-return]
+
+    expected = gradients(run, block, x)
+    fuse(block, members_kernel(1))
+    assert_close(gradients(run, block, x), expected)
+
+
+def test_a_backward_in_the_forward_may_call_a_member_too(x: Tensor) -> None:
+    class Inner(Parallel):
+        def part(self, x: Tensor) -> Tensor:
+            y = x.detach().requires_grad_()
+            product = y * 2
+            product.register_hook(lambda gradient: self.norm(gradient))
+            (slope,) = torch.autograd.grad(product.sum(), y)
+            return super().part(x + slope)
+
+    block = Inner().to(x.device)
+    expected = gradients(block, block, x)
+    fuse(block, members_kernel(1))
+    assert_close(gradients(block, block, x), expected)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["compiled before", "compiled after"])
+def test_beside_compiled_code_in_a_checkpoint_gradients_are_right_or_an_error_says_so(
+    x: Tensor, after: bool
+) -> None:
+    block = Beside().to(x.device)
+    run = PLACES["around the block"](block)
+    expected = gradients(run, block, x)
+    torch.compiler.reset()
+    if not after:
+        block.gate.compile(backend="eager")
+    model = fuse(block, members_kernel(1))
+    if after:
+        block.gate[0].compile(backend="eager")
+        with pytest.raises(DeferredUseError, match="went into compiled code in a checkpoint"):
+            gradients(run, block, x)
+    for _ in range(2):
+        assert_close(gradients(run, block, x), expected)
+    text = "goes into compiled code" if after else "a compiled Sequential may get a captured output"
+    assert text in str(path_of(model)[2])
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["compiled before", "compiled after"])
+def test_many_blocks_beside_compiled_code_are_compiled_no_more_often(
+    x: Tensor, after: bool
+) -> None:
+    model = nn.Sequential(*[Beside() for _ in range(12)]).to(x.device)
+    for block in model:
+        block.gate[0].__class__ = Uncounted
+        block.other.data.fill_(0.1)
+    expected = model(x)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+
+    def compile_siblings() -> None:
+        for block in model:
+            block.gate[0].compile(backend=counter, fullgraph=True)
+
+    if not after:
+        compile_siblings()
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, PATHS, kernel="Kernel")
+    if after:
+        compile_siblings()
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+    assert counter.frame_count <= 1 + after
+
+
+class Uncounted(Mlp):
+    """Does not change when it runs, so that a trace stays right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.relu(self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def test_a_value_that_an_exception_carries_out_is_computed_before(x: Tensor) -> None:
+    block = Parallel(Norm).to(x.device)
+    block.fails = True
+    with pytest.raises(Stop) as stopped:
+        block(x)
+    expected = stopped.value.args[0]
+    model = fuse(block, members_kernel(1))
+    with pytest.raises(Stop) as stopped:
+        block(x)
+    unfuse_modules(model)
+    with torch.no_grad():
+        block.norm.weight.mul_(2)
+    assert torch.equal(stopped.value.args[0] + 0, expected)
