@@ -435,6 +435,45 @@ def test_each_gradient_is_compared_by_its_own_size() -> None:
             checked(unused=torch.zeros(1))
 
 
+def test_beside_an_infinite_gradient_the_others_are_compared_as_ever() -> None:
+    torch.manual_seed(0)
+    expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))
+    right = dict(expected.gradients or {})
+    infinite = torch.full((8,), torch.inf)
+    infinite[:4] = right["small"][:4]
+    expected.gradients = {**right, "small": infinite}
+    compare.check_gradients({**right, "small": infinite.clone()}, expected, 1e-3, "now")
+    for name, wrong in (
+        ("large", right["large"] * 2),
+        ("small", -infinite),
+        ("small", torch.full((8,), torch.inf)),
+        ("small", torch.where(infinite.isinf(), infinite, infinite * 2)),
+        ("small", torch.full((8,), torch.nan)),
+    ):
+        found = {**right, "small": infinite, name: wrong}
+        with pytest.raises(compare.Fault, match=f"the gradient of {name} differs"):
+            compare.check_gradients(found, expected, 1e-3, "now")
+
+
+class Large(nn.Module):
+    """A large output and a small one."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.exp(x) * 1e3, torch.tanh(x) * 1e-3
+
+
+def test_a_small_output_is_compared_beside_a_large_one() -> None:
+    torch.manual_seed(0)
+    expected = compare.expectation(Built(Large(), {"x": torch.randn(64, 8)}, "all"))
+    large, small = expected.outputs[:2]
+    compare.check_accuracy([large * (1 + 2**-23), small], expected)
+    for twin in (True, False):
+        if not twin:
+            expected.__dict__["exact"] = None
+        with pytest.raises(compare.Fault, match="of output 1 alone"):
+            compare.check_accuracy([large, torch.zeros_like(small)], expected)
+
+
 def test_a_twin_without_finite_gradients_tells_nothing_of_their_rounding() -> None:
     torch.manual_seed(0)
     expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))

@@ -25,6 +25,7 @@ LIMIT = 1.1
 ANOTHER_ORDER = 100 * torch.finfo(torch.float32).eps
 ANOTHER_KERNEL = 1e-3
 NOISE = 10  # How many times its own error against float64 a gradient may differ in any case.
+ALONE = 100  # How many times that of all outputs the error of one may be: by cancellation.
 FAR = 1e-2  # From here on a float64 twin computed something else, with other random numbers say.
 
 
@@ -253,8 +254,8 @@ def check_gradients(
     theirs = expected.gradients or {}
     if list(found) != list(theirs):
         raise Fault(f"the parameters differ {how}")
-    sizes = [g.abs().max() for g in theirs.values() if g is not None and g.numel()]
-    largest = float(max(sizes, default=0))
+    sizes = [_largest(gradient) for gradient in theirs.values() if gradient is not None]
+    largest = max(sizes, default=0.0)
     for name, gradient in theirs.items():
         other = found[name]
         if gradient is None or other is None:
@@ -266,10 +267,19 @@ def check_gradients(
             raise Fault(f"the gradient of {name} is a {_kind(other)} {how}")
         if not gradient.numel() or same_bits([other], [gradient]):
             continue
-        own = float(gradient.abs().max())
-        error = float((other - gradient).abs().max())
+        own = _largest(gradient)
+        finite = gradient.isfinite()
+        if not same_bits([other[~finite]], [gradient[~finite]]):
+            raise Fault(f"the gradient of {name} differs {how} where it is not finite")
+        error = float((other - gradient)[finite].abs().max()) if finite.any() else 0.0
         if not error <= max(within * own, _floor(name, gradient.dtype, largest, expected)):
             raise Fault(f"the gradient of {name} differs {how} by {error:.1e} of {own:.1e}")
+
+
+def _largest(gradient: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = gradient[gradient.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) -> float:
@@ -306,4 +316,14 @@ def check_accuracy(found: list[Any], expected: Expected) -> str:
     allowed = max(LIMIT * theirs, 2e-7) * (1 + 2 / max(count, 1) ** 0.5)
     if not ours <= allowed:
         raise Fault(f"accuracy of `fuse`: error {ours:.2e}, of the modules {theirs:.2e}")
+    truths = expected.outputs if exact is None else exact.outputs
+    for number, (mine, other, truth) in enumerate(
+        zip(found, expected.outputs, truths, strict=True)
+    ):
+        one, before = relative_error([mine], [truth]), relative_error([other], [truth])
+        if not one <= ALONE * max(before, allowed):
+            raise Fault(
+                f"accuracy of `fuse`: error {one:.2e} of output {number} alone, of the modules "
+                f"{before:.2e}"
+            )
     return "unfused" if exact is None else "float64"
