@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import sys
 import threading
 import weakref
@@ -481,22 +482,24 @@ class Passing(Norm):
         return context if x is None else super().forward(x), context
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("norm", [nn.Identity, Norm], ids=["identity", "with a weight"])
 def test_a_member_that_may_return_the_none_it_is_given_runs_at_its_call(
-    x: Tensor, norm: type[nn.Module]
+    x: Tensor, norm: type[nn.Module], by_name: bool
 ) -> None:
     class Optional(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, name: str) -> None:
             super().__init__()
-            self.norm, self.mlp = norm(), Mlp()
+            self.norm, self.mlp, self.name = norm(), Mlp(), name
 
         def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-            context = self.norm(context)
+            context = self.norm(**{self.name: context}) if self.name else self.norm(context)
             return self.mlp(x if context is None else x + context)
 
     if norm is Norm:
         norm = type("Lenient", (Norm,), {"forward": lambda s, x: x if x is None else x * s.weight})
-    model = nn.ModuleList([Optional()]).to(x.device)
+    name = next(iter(inspect.signature(norm.forward).parameters.keys() - {"self", "s"}))
+    model = nn.ModuleList([Optional(name if by_name else "")]).to(x.device)
     expected = model[0](x), model[0](x, x)
     kernel = members_kernel(1)
     with mapped(Kernel=kernel):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from changes import Adapter
 from kernels import Mode, kernelize, use_kernel_forward_from_hub
 from structure import structure
 from support import (
@@ -746,15 +747,16 @@ def test_a_kernel_for_other_inputs_is_refused_also_after_it_served_a_chain(x: Te
 def test_a_copy_has_the_kernel_that_its_original_had_no_use_for(x: Tensor) -> None:
     model = Called(Norm()).to(x.device)
     expected = model(x)
-    model.mlp.down_proj = nn.Sequential(nn.Dropout(), model.mlp.down_proj)
+    model.mlp.down_proj = Adapter(model.mlp.down_proj, torch.float32).to(x.device)
     kernel = members_kernel(1)
     kernel.forward.prepare = lambda *members: None  # type: ignore[attr-defined]
     with mapped(K=kernel):
         fuse_modules(model, ["norm", "mlp"], kernel="K", mode=Mode.TRAINING)
-    model.mlp.down_proj = model.mlp.down_proj[1]
+    model.mlp.down_proj = model.mlp.down_proj.base_layer
     copied = copy.deepcopy(model)
     for one in (model, copied):
         assert torch.equal(one(x), expected)
+    assert runs(kernel) == 1  # In the copy, which asked again.
 
 
 @pytest.mark.parametrize(
