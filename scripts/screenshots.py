@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 THEMES = {"light": 1, "dark": 0}
 WIDTH = 860
-WIDE = {"verification": 1080}
 PAGE = """\
 <!doctype html><meta charset="utf-8">
 <style>body {{ margin: 12px; color-scheme: light dark; background: light-dark(#fff, #0d0f12); }}
@@ -40,6 +39,12 @@ out.textContent = JSON.stringify(measure()); document.body.append(out);
 _MEASURED = re.compile(r'<pre id="measured"[^>]*>(.*?)</pre>', re.DOTALL)
 _HEIGHT = """function measure() {
   return Math.ceil(document.body.getBoundingClientRect().bottom) + 12; }"""
+
+# What a table has more than its box shows.
+_HIDDEN = """function measure() {
+  const boxes = [...document.querySelectorAll("*")];
+  return Math.max(0, ...boxes.map(box => box.scrollWidth - Math.ceil(box.clientWidth))
+    .filter((more, i) => getComputedStyle(boxes[i]).overflowX != "visible")); }"""
 
 PICTURES: dict[str, Callable[[str], str]] = {}
 
@@ -206,13 +211,18 @@ def look(
     return json.loads(unescape(found[1]))
 
 
+def width_of(body: str, theme: str, least: int = WIDTH) -> int:
+    """The width of the window in which nothing has to be scrolled to be seen."""
+    return least + int(look(body, theme, least, script=_HIDDEN))
+
+
 def take(name: str, theme: str, out: Path) -> Path:
     """Take one picture, as a small PNG."""
     from PIL import Image
 
     body = PICTURES[name](theme)
     path = out.resolve() / f"{name}-{theme}.png"
-    width = WIDE.get(name, WIDTH)
+    width = width_of(body, theme)
     look(body, theme, width, look(body, theme, width), image=path, scale=2)
     few_colours = Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few_colours.save(path, optimize=True)

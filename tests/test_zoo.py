@@ -23,7 +23,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from support import Model
-from zoo import check, compare, discover, heads, pairs, table, worker
+from zoo import check, compare, discover, heads, pairs, sources, table, worker
 from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
 from zoo.flat import flat, same_bits
@@ -204,6 +204,10 @@ def test_a_kernel_that_ran_in_some_blocks_is_counted_apart(tmp_path: Path) -> No
     assert "| 2 | why |" in text
     assert "there being no float64 twin | 1 |" in text
     assert "| architectures in which a check ran out of memory | 1 |" in text
+    said = "1 of the architectures were checked by an earlier state of the package"
+    assert said in text
+    table.write([{**row, "sources": sources.digest()}], tmp_path)
+    assert said not in (tmp_path / "zoo.md").read_text()
 
 
 def tiny() -> Built:

@@ -16,6 +16,7 @@ from common import machine
 from .classes import architectures
 from .discover import share
 from .heads import NOT_COMPARABLE, NOT_REACHED
+from .sources import digest
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
@@ -75,21 +76,21 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
         "rounding. `fuse` has to give outputs as close to float64 as the unfused model's, where "
         "the model runs in float64, and gradients within rounding. After undoing, modules and "
         "state dict have to be what they were.\n",
-        _of_earlier_checks(checked),
+        _of_other_sources(checked),
         _table(("", ""), _totals(rows, checked)),
         *sections(checked, rest),
     ]
     return "\n".join(parts)
 
 
-def _of_earlier_checks(checked: Sequence[Row]) -> str:
-    """What was not compared yet when rows of an older file were made."""
-    old = sum("reference" not in row for row in checked)
-    if not old:
+def _of_other_sources(checked: Sequence[Row]) -> str:
+    """How many rows another state of the package, or of the checks, gave."""
+    others = sum(row.get("sources") != digest() for row in checked)
+    if not others:
         return ""
     return (
-        f"{old} of the architectures were checked before gradients of `fuse`, objects that are no "
-        f"tensors and strides were compared, and before a gradient was held against its own size.\n"
+        f"{others} of the architectures were checked by an earlier state of the package or of the "
+        f"checks than the one this table was made with.\n"
     )
 
 

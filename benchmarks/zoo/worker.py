@@ -18,6 +18,7 @@ from .classes import classes_of
 from .compare import NotComparable, expectation, noted
 from .heads import check_others
 from .reasons import why
+from .sources import digest
 
 MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
 COMPILED = 8  # One architecture in so many is compiled too.
@@ -26,7 +27,7 @@ COMPILED = 8  # One architecture in so many is compiled too.
 def examine(architecture: str, seconds: float) -> dict[str, Any]:
     """Build and check one architecture; what could not be done is in the result."""
     start = time.process_time()
-    result: dict[str, Any] = {"architecture": architecture}
+    result: dict[str, Any] = {"architecture": architecture, "sources": digest()}
     try:
         if "/" in architecture:
             built = others.build(architecture)
