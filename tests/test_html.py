@@ -482,6 +482,16 @@ def test_the_picture_is_not_blank(tmp_path: Path) -> None:
     assert max(shades["dark"]) < 40
 
 
+@needs_browser
+def test_a_picture_is_as_wide_as_its_widest_table() -> None:
+    page = page_fragment("wide", [table(["header"] * 20, [["value"] * 20])])
+    width = screenshots.width_of(page, "light", 500)
+    assert width > 1000
+    assert screenshots.width_of(page, "light", width) == width
+    page = page_fragment("small", [table(["a"], [["b"]])])
+    assert screenshots.width_of(page, "light", 500) == 500
+
+
 def test_the_pictures_in_the_documentation_are_small_and_complete() -> None:
     images = SCRIPT.parent.parent / "docs" / "images"
     for name in screenshots.PICTURES:
