@@ -187,7 +187,6 @@ class _Runner:
         inputs: list[Any],
         call: Call,
     ) -> Values:
-        dtypes = {n: value.dtype for n, value in _floating(call.output, "output").items()}
         with torch.enable_grad():
             output, found = run_on_copies(function, members, self.chain.roles, inputs)
         tensors = _floating(output, "output", detach=False)
@@ -195,14 +194,8 @@ class _Runner:
         if not tensors:
             return {}
         names = [n for n in found if n in self.wanted or n.startswith("input ")]
-        generator = seeded()
-        seeds = [
-            # Rounded as for the kernel, whatever this run computes in.
-            torch.randn(value.shape, generator=generator, device="cpu")
-            .to(value.device, dtypes[name])
-            .to(value.dtype)
-            for name, value in tensors.items()
-        ]
+        cotangents = _cotangents(call)
+        seeds = [cotangents[name].to(value.dtype) for name, value in tensors.items()]
         gradients = torch.autograd.grad(
             list(tensors.values()), [found[name] for name in names], seeds, allow_unused=True
         )
@@ -213,9 +206,30 @@ class _Runner:
         }
 
 
+def _cotangents(call: Call) -> Values:
+    """What goes into the backward of a call: what arrived at its output in the model's own.
+
+    Where nothing did, as where no gradient depends on the output, numbers of size 1.
+    """
+    arrived = {_name("output", path): _real(value) for path, value in call.cotangents.items()}
+    generator = seeded()
+    found = {}
+    for name, value in _floating(call.output, "output").items():
+        drawn = torch.randn(value.shape, generator=generator, device="cpu")
+        nothing = torch.zeros_like(value) if arrived else drawn.to(value.device, value.dtype)
+        here = arrived.get(name, nothing)
+        # A call that has another place in the other run may have another shape there.
+        found[name] = here if here.shape == value.shape else nothing
+    return found
+
+
+def _name(what: str, path: str) -> str:
+    return f"{what} {path}".strip()
+
+
 def _floating(value: Any, name: str, detach: bool = True) -> Values:
     found = {
-        f"{name} {leaf.path}".strip(): leaf.value.detach() if detach else leaf.value
+        _name(name, leaf.path): leaf.value.detach() if detach else leaf.value
         for leaf in leaves(value)
         if isinstance(leaf.value, Tensor)
     }

@@ -21,7 +21,7 @@ from .judging import judge
 from .report import GroupVerification
 from .statistics import Judgement
 from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits, tensors_in
-from .watching import Call, equal, following, noted, watched
+from .watching import Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
     "the unfused model differs from itself: two runs from the same random state gave different "
@@ -262,12 +262,14 @@ def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
     ][:1]
 
 
-def _pairs(calls: Sequence[Call], before: dict[int, list[Any]]) -> list[tuple[Call, Any]]:
+def _pairs(calls: Sequence[Call], before: dict[int, list[Returned]]) -> list[tuple[Call, Any]]:
     """Calls in the fused run and the outputs in their places in the unfused one."""
-    outputs = {number: iter(values) for number, values in before.items()}
+    returned = {number: iter(values) for number, values in before.items()}
     pairs = []
     for call in calls:
-        for output in outputs[call.chain]:
+        for output, cotangents in returned[call.chain]:
+            # A wrong kernel brings wrong ones to those before it.
+            call.cotangents = cotangents
             pairs.append((call, output))
             break
     return pairs

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class Call:
         theirs: what the members return in its place, where the kernel ran and that is known.
         grad: whether gradients were recorded.
         thread: which thread called.
+        cotangents: the gradients that arrived at the output's tensors in a backward of the run,
+            by their places in it.
         problem: what else differs at this call in a run that follows this one.
     """
 
@@ -46,6 +48,7 @@ class Call:
     theirs: Any = UNKNOWN
     grad: bool = False
     thread: int = 0
+    cotangents: dict[str, Tensor] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -102,6 +105,7 @@ def _member_watched(
         # Without a path it was called by a kernel, as itself.
         if call.path is not None:
             call.output = snapshot(output)
+            call.cotangents = arriving_at(output)
             calls.append(call)
         return output
 
@@ -121,15 +125,35 @@ def _member_watched(
             object.__setattr__(module, "__class__", base)
 
 
+def arriving_at(output: Any) -> dict[str, Tensor]:
+    """What a backward brings to the tensors of an output; filled once there is one."""
+    arrived: dict[str, Tensor] = {}
+    for leaf in leaves(output):
+        if isinstance(leaf.value, Tensor) and leaf.value.requires_grad:
+
+            def keep(gradient: Tensor, path: str = leaf.path) -> None:
+                arrived[path] = snapshot(gradient)
+
+            leaf.value.register_hook(keep)  # type: ignore[no-untyped-call]
+    return arrived
+
+
+class Returned(NamedTuple):
+    """What the last member of a chain returned in the unfused run, and what came back to it."""
+
+    output: Any
+    cotangents: dict[str, Tensor]
+
+
 @contextmanager
-def noted(found: Sequence[Found]) -> Iterator[dict[int, list[Any]]]:
+def noted(found: Sequence[Found]) -> Iterator[dict[int, list[Returned]]]:
     """Inside, what the last member of each chain returns is noted; for unfused models."""
-    outputs: dict[int, list[Any]] = {number: [] for number in range(len(found))}
+    outputs: dict[int, list[Returned]] = {number: [] for number in range(len(found))}
     with ExitStack() as stack:
         for number, item in enumerate(found):
 
             def note(module: Any, args: Any, output: Any, number: int = number) -> None:
-                outputs[number].append(snapshot(output))
+                outputs[number].append(Returned(snapshot(output), arriving_at(output)))
 
             stack.callback(item.last.register_forward_hook(note).remove)
         yield outputs
