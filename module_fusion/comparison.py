@@ -262,13 +262,18 @@ def _restorer_of_attributes(
 
 
 def _gradients(model: nn.Module) -> Callable[[], None]:
-    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    before = [
+        (p, p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad)
+        for p in model.parameters()
+    ]
 
     def put_back() -> None:
-        for parameter, gradient, value in before:
+        for parameter, gradient, value, is_wanted in before:
             if gradient is not None and value is not None and not same_bits(gradient, value):
                 with torch.no_grad():
                     gradient.copy_(value)
             parameter.grad = gradient
+            if parameter.requires_grad is not is_wanted:
+                parameter.requires_grad_(is_wanted)
 
     return put_back

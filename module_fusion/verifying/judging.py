@@ -49,9 +49,7 @@ def judge(
     backward = gradients and bool(seat._capabilities["has_backward"])
     for call in calls:
         if call.theirs is UNKNOWN:
-            copies = [copy_of(member, Tensor.detach) for member in members]
-            with torch.no_grad():
-                call.theirs = snapshot(chain_of(chain, copies)(*snapshot(call.inputs)))
+            call.theirs = snapshot(_members_on(chain, members, snapshot(call.inputs)))
     calls = [call for call in calls if backward or not equal(call.output, call.theirs)]
     for call in calls:
         for found in differences(call.output, call.theirs):
@@ -62,6 +60,19 @@ def judge(
         return _judged(chain, members, calls, backward)
     except torch.OutOfMemoryError:
         return Judgement(problem="there is not enough memory for a copy of the modules in float64")
+
+
+def is_left_by(chain: Chain, members: Sequence[nn.Module], call: Call) -> bool:
+    """Whether members leave their inputs as the kernel left them."""
+    inputs = snapshot(call.inputs)
+    _members_on(chain, members, inputs)
+    return equal(inputs, call.left)
+
+
+def _members_on(chain: Chain, members: Sequence[nn.Module], inputs: list[Any]) -> Any:
+    copies = [copy_of(member, Tensor.detach) for member in members]
+    with torch.no_grad():
+        return chain_of(chain, copies)(*inputs)
 
 
 def _is_rounded(dtype: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -17,11 +19,12 @@ from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
 from .differences import USED_UP, Difference, between, combined, difference, differences
-from .judging import judge
+from .judging import is_left_by, judge
+from .remains import left_in, sums_of
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits, tensors_in
-from .watching import Call, Returned, equal, following, noted, watched
+from .structures import Leaf, fresh, frozen, leaves, same_bits, tensors_in
+from .watching import WROTE, Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
     "the unfused model differs from itself: two runs from the same random state gave different "
@@ -39,6 +42,10 @@ _WRITES = (
 _CHANGED = (
     "the parameter {!r} was changed by the runs and stays so: verify keeps no second copy of the "
     "weights. Load it again"
+)
+_UNKNOWN = (
+    "{}: as calls from other threads are not followed, it is not known whether that follows from "
+    "rounding"
 )
 _T = TypeVar("_T")
 
@@ -74,27 +81,28 @@ class Result:
 
 @dataclass
 class _Ran:
-    """One run: its output, its inputs as it left them, and its gradients."""
+    """One run: its output, its inputs as it left them, its gradients, and what it left behind.
+
+    `left` is from before the backward, and `changed` what that changed of it.
+    """
 
     output: list[Leaf]
     given: list[Leaf]
     gradients: dict[str, Tensor | None]
+    left: dict[str, Any]
+    changed: set[str]
 
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
     """Run the model unfused and fused, and find out about every difference."""
     with nothing_left_behind(ask.model) as again:
-        at_first = _sums_of(ask.model.named_parameters())
+        at_first = sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
         check_has_values(ask.model, tensors_in([leaf.value for leaf in theirs.output]), "verify")
-        left_by_theirs = _left_in(ask.model)
-        written = [
-            name for name, value in at_first.items() if left_by_theirs.get(name, value) != value
-        ]
+        written = _changed_since(at_first, ask.model)
         again()
-        ours, calls = _run(ask, watched(found))
-        left_by_ours = _left_in(ask.model)
+        ours, calls = _run(ask, watched(found), is_measure=False)
         again()
         result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
         # Not how many: one that has ended gives its number to the next.
@@ -104,40 +112,33 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         rows = [*result.outputs, *result.gradients]
         same = not (kernels and in_threads)
         same = same and all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
-        result.problems += [
-            f"{name} is not as the unfused run left it: the fused run changed it in another way"
-            for name, value in left_by_theirs.items()
-            if left_by_ours.get(name) != value
-        ]
-        if found and not calls and not in_threads:
-            result.problems.append("none of the fused modules was called in this run")
-        for d in result.gradients:
-            if d.problem:
-                result.problems.append(f"the gradient of {d.name}: {d.problem}")
-        left_over: list[str] | None = None
+        followed = None
         if in_threads:
             result.notes.append(_THREADS)
         elif kernels and not same:
             with unfused(ask.model):
                 followed, _ = _run(ask, following(found, calls), gradients=False)
             again()
-            left_over = _left_over(ours, followed)
-            result.problems += left_over
-        if left_over != []:
-            # Else it follows from what the kernels returned, and those are judged by themselves.
-            result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
-        if not kernels and not same and not result.problems:
-            result.problems.append(
-                "no kernel ran, and still the fused model gives other bits than the unfused one"
-            )
         for number, item in enumerate(found):
             mine = [call for call in calls if call.chain == number]
             judgement = _judgement(ask, item, mine, same)
             result.groups.append(_group(ask, item, mine, pairs, judgement))
-        first = next((call for call, other in pairs if not equal(call.output, other)), None)
-        result.first = None if first is None else result.groups[first.chain]
+        result.first = _first(result.groups, calls, pairs)
+        if found and not calls and not in_threads:
+            result.problems.append("none of the fused modules was called in this run")
+        rounded = in_threads and any(call.is_rounded() for call in calls)
+        result.problems += _left_behind(ask.model, ours, theirs, followed, rounded)
+        result.problems += _differing(result, ours, theirs, followed, rounded)
+        if not kernels and not same and not result.problems:
+            result.problems.append(
+                "no kernel ran, and still the fused model gives other bits than the unfused one"
+            )
         broken = [group for group in result.groups if group.problem]
-        result.problems += [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
+        told = [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
+        # What a kernel wrote to is what others were given: the rest follows from it.
+        is_cause = [group.problem == WROTE for group in broken]
+        result.problems[:0] = list(compress(told, is_cause))
+        result.problems += compress(told, map(not_, is_cause))
         if written:
             # No two runs began alike, so there is nothing else to say.
             result.problems = [_WRITES.format(name) for name in written]
@@ -147,9 +148,7 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
                 once_more, _ = _run(ask, nullcontext())
             if not _same(once_more, theirs):
                 result.problems = [_ITSELF]
-        at_last = _sums_of(ask.model.named_parameters())
-        changed = [name for name, value in at_first.items() if at_last.get(name, value) != value]
-        result.notes += [_CHANGED.format(name) for name in changed]
+        result.notes += [_CHANGED.format(name) for name in _changed_since(at_first, ask.model)]
     if ask.run is not None:
         result.outputs = [d._replace(run=ask.run) for d in result.outputs]
         result.gradients = [d._replace(run=ask.run) for d in result.gradients]
@@ -157,31 +156,30 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
     return result
 
 
-def _run(ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True) -> tuple[_Ran, _T]:
-    """Run the method once, on inputs of its own."""
+def _run(
+    ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True, is_measure: bool = True
+) -> tuple[_Ran, _T]:
+    """Run the method once, on inputs of its own; the measure has to have gradients."""
     args, kwargs = fresh((ask.args, ask.kwargs), ask.dtype)
     given = {"args": args, "kwargs": kwargs}
-    wanted = _wanted(ask.model, given) if ask.gradients and gradients else {}
+    gradients = gradients and ask.gradients
+    wanted = _wanted(ask.model, given) if gradients else {}
     call = ask.model if ask.method == "forward" else getattr(ask.model, ask.method)
     with looking as seen:
         output = call(*args, **kwargs)
-    found = _gradients_of(output, wanted) if ask.gradients and gradients else {}
+    left = left_in(ask.model)
+    changed: set[str] = set()
+    found: dict[str, Tensor | None] = {}
+    if gradients:
+        found = _gradients_of(output, wanted, is_measure)
+        changed = {name for name, value in left_in(ask.model).items() if left.get(name) != value}
     # A model may return its own buffers, which are put back.
-    return _Ran(frozen(output), frozen(given), found), seen
+    return _Ran(frozen(output), frozen(given), found, left, changed), seen
 
 
-def _left_in(model: nn.Module) -> dict[str, Any]:
-    """What a run leaves behind besides its output: random state, and sums of bits."""
-    left: dict[str, Any] = {"the random state": torch.get_rng_state().tolist()}
-    return {**left, **_sums_of((*model.named_parameters(), *model.named_buffers()))}
-
-
-def _sums_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    return {
-        name: int(bits_of(tensor).sum(dtype=torch.int64))
-        for name, tensor in tensors
-        if is_plain(tensor) and not tensor.is_meta
-    }
+def _changed_since(before: dict[str, int], model: nn.Module) -> list[str]:
+    now = sums_of(model.named_parameters())
+    return [name for name, value in before.items() if now.get(name, value) != value]
 
 
 def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
@@ -192,13 +190,17 @@ def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
     return wanted
 
 
-def _gradients_of(output: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def _gradients_of(
+    output: Any, wanted: dict[str, Tensor], is_measure: bool
+) -> dict[str, Tensor | None]:
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
         tensors = [loss]
     else:
         values = [leaf.value for leaf in leaves(output)]
         tensors = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    if not tensors and not is_measure:
+        return dict.fromkeys(wanted)
     if not tensors or not wanted:
         raise FusionError(
             "verify(..., gradients=True) found no gradient to compare: no parameter and no input "
@@ -251,6 +253,43 @@ def _same(ours: _Ran, theirs: _Ran) -> bool:
     return all(d.equal or str(d.problem).endswith(USED_UP) for d in rows)
 
 
+def _left_behind(
+    model: nn.Module, ours: _Ran, theirs: _Ran, followed: _Ran | None, rounded: bool
+) -> list[str]:
+    """What the fused run left in another way than a run that has the kernels' outputs."""
+    expected = dict(theirs.left)
+    if followed is not None:
+        # But for parameters: what a kernel wrote to one is still there.
+        weights = {name for name, _ in model.named_parameters()}
+        expected.update({k: v for k, v in followed.left.items() if k not in weights})
+    floats = {name for name, b in model.named_buffers() if b.is_floating_point()}
+    unlike = [k for k in {**expected, **ours.left} if ours.left.get(k) != expected.get(k)]
+    unlike = [name for name in unlike if not (rounded and name in floats)]
+    unlike += [name for name in ours.changed ^ theirs.changed if name not in unlike]
+    return [
+        f"{name} is not as the unfused run left it: the fused run changed it in another way"
+        for name in unlike
+    ]
+
+
+def _differing(
+    result: Result, ours: _Ran, theirs: _Ran, followed: _Ran | None, rounded: bool
+) -> Iterator[str]:
+    """What differs in another way than by the rounding of a kernel."""
+    for d in result.gradients:
+        if d.problem:
+            yield f"the gradient of {d.name}: {d.problem}"
+    left_over = None if followed is None else _left_over(ours, followed)
+    yield from left_over or ()
+    if left_over == []:
+        return  # It follows from what the kernels returned, and those are judged by themselves.
+    for d in result.outputs:
+        if d.problem and rounded and d.dtype in ("int", "float", "complex", "bool"):
+            result.notes.append(_UNKNOWN.format(f"{d.name}: {d.problem}"))
+        elif d.problem:
+            yield f"{d.name}: {d.problem}"
+
+
 def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
     """What differs from the unfused model even with the kernels' outputs in their places."""
     rows = [*between(ours.output, followed.output), *between(ours.given, followed.given)]
@@ -275,8 +314,20 @@ def _pairs(calls: Sequence[Call], before: dict[int, list[Returned]]) -> list[tup
     return pairs
 
 
+def _first(
+    groups: Sequence[GroupVerification], calls: Sequence[Call], pairs: Sequence[tuple[Call, Any]]
+) -> GroupVerification | None:
+    """The group of the first call that gives others something else than the modules do."""
+    unlike = {id(call) for call, output in pairs if not equal(call.output, output)}
+    found = (c.chain for c in calls if id(c) in unlike or c.problem == WROTE)
+    return next((groups[number] for number in found), None)
+
+
 def _judgement(ask: Ask, found: Found, calls: Sequence[Call], same: bool) -> Judgement:
     ran = [call for call in calls if call.path == "kernel"]
+    for call in ran:
+        if call.left is not None and not is_left_by(found.chain, members_of(found), call):
+            call.problem = WROTE
     if same:
         for call in ran:
             call.theirs = call.output

@@ -20,6 +20,7 @@ from ..spec import External
 from .structures import leaves, same_bits, snapshot, strides_of
 
 UNKNOWN = object()
+WROTE = "the kernel wrote to its input"
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Call:
         thread: which thread called.
         cotangents: the gradients that arrived at the output's tensors in a backward of the run,
             by their places in it.
-        problem: what else differs at this call in a run that follows this one.
+        left: the inputs as the kernel left them, where it changed them.
+        problem: what else differs at this call.
     """
 
     chain: int
@@ -49,7 +51,12 @@ class Call:
     grad: bool = False
     thread: int = 0
     cotangents: dict[str, Tensor] = field(default_factory=dict)
+    left: list[Any] | None = None
     problem: str | None = None
+
+    def is_rounded(self) -> bool:
+        """Whether the kernel gave other bits than the members do."""
+        return self.path == "kernel" and not equal(self.output, self.theirs)
 
 
 @contextmanager
@@ -73,7 +80,10 @@ def _chain_watched(chain: Chain, local: threading.local) -> Iterator[None]:
     def run_kernel(self: Chain, inputs: list[Any]) -> Any:
         call = local.calls[-1]
         call.path, call.inputs = "kernel", [snapshot(value) for value in inputs]
-        return Chain.run_kernel(self, inputs)
+        output = Chain.run_kernel(self, inputs)
+        if not equal(call.inputs, inputs):
+            call.left = [snapshot(value) for value in inputs]
+        return output
 
     def count_members_run(self: Chain, reason: str | None = None) -> None:
         Chain.count_members_run(self, reason)
