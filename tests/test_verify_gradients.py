@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -96,3 +97,53 @@ def test_gradients_are_judged_with_what_arrives_in_the_unfused_run(
     arrived = {float(value.norm()) for value in seen}
     assert len(arrived) == 2
     assert all(0 < size < 0.1 for size in arrived)
+
+
+class Detached(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        return WeightKernel.forward(self, x).detach()
+
+
+class Chain(nn.Module):
+    """Nothing in it has a gradient but what is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block = Model(1, 32).layers[0]
+        self.norm, self.mlp = block.norm, block.mlp
+        with mapped(K=Detached):
+            fuse_modules(self, ["norm", "mlp"], kernel="K")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_kernel_whose_output_requires_no_gradient_is_found(gradients: bool):
+    found = verify(Chain(), torch.randn(2, 3, 32), gradients=gradients)
+    assert found.groups[0].kernel_calls == 1
+    assert found.groups[0].problem == (
+        "the kernel's output does not require a gradient where that of the modules does"
+    )
+    assert "output: requires a gradient in the unfused run alone" in found.problems
+    missing = {d.problem for d in found.gradients}
+    assert missing == ({"only the unfused run has a gradient"} if gradients else set())
+
+
+def test_an_output_without_gradient_in_another_thread_is_found():
+    class InThread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = Chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: list[Tensor] = []
+            thread = threading.Thread(target=lambda: out.append(self.chain(x)))
+            thread.start()
+            thread.join()
+            return out[0]
+
+    found = verify(InThread(), torch.randn(2, 3, 32))
+    assert found.groups[0].kernel_calls == 1
+    assert found.problems == ("output: requires a gradient in the unfused run alone",)

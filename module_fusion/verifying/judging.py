@@ -222,7 +222,11 @@ def _cotangents(call: Call) -> Values:
 
     Where nothing did, as where no gradient depends on the output, numbers of size 1.
     """
-    arrived = {_name("output", path): _real(value) for path, value in call.cotangents.items()}
+    arrived = {
+        _name("output", path): _real(value)
+        for path, value in call.cotangents.items()
+        if value is not None
+    }
     generator = seeded()
     found = {}
     for name, value in _floating(call.output, "output").items():

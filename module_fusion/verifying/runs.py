@@ -47,6 +47,8 @@ _UNKNOWN = (
     "{}: as calls from other threads are not followed, it is not known whether that follows from "
     "rounding"
 )
+_UNTRACKED = "the kernel's output does not require a gradient where that of the modules does"
+_TRACKED = "the kernel's output requires a gradient where that of the modules does not"
 _T = TypeVar("_T")
 
 
@@ -83,7 +85,8 @@ class Result:
 class _Ran:
     """One run: its output, its inputs as it left them, its gradients, and what it left behind.
 
-    `left` is from before the backward, and `changed` what that changed of it.
+    `left` is from before the backward, and `changed` what that changed of it. `tracked` are the
+    tensors of the output that require a gradient.
     """
 
     output: list[Leaf]
@@ -91,6 +94,7 @@ class _Ran:
     gradients: dict[str, Tensor | None]
     left: dict[str, Any]
     changed: set[str]
+    tracked: set[str]
 
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
@@ -173,8 +177,13 @@ def _run(
     if gradients:
         found = _gradients_of(output, wanted, is_measure)
         changed = {name for name, value in left_in(ask.model).items() if left.get(name) != value}
+    tracked = {
+        leaf.path or "output"
+        for leaf in leaves(output)
+        if isinstance(leaf.value, Tensor) and leaf.value.requires_grad
+    }
     # A model may return its own buffers, which are put back.
-    return _Ran(frozen(output), frozen(given), found, left, changed), seen
+    return _Ran(frozen(output), frozen(given), found, left, changed, tracked), seen
 
 
 def _changed_since(before: dict[str, int], model: nn.Module) -> list[str]:
@@ -279,6 +288,9 @@ def _differing(
     for d in result.gradients:
         if d.problem:
             yield f"the gradient of {d.name}: {d.problem}"
+    for name in sorted(ours.tracked ^ theirs.tracked):
+        where = "unfused" if name in theirs.tracked else "fused"
+        yield f"{name}: requires a gradient in the {where} run alone"
     left_over = None if followed is None else _left_over(ours, followed)
     yield from left_over or ()
     if left_over == []:
@@ -307,6 +319,9 @@ def _pairs(calls: Sequence[Call], before: dict[int, list[Returned]]) -> list[tup
     pairs = []
     for call in calls:
         for output, cotangents in returned[call.chain]:
+            ours, theirs = call.cotangents.keys(), cotangents.keys()
+            if call.path == "kernel" and ours != theirs:
+                call.problem = _TRACKED if ours > theirs else _UNTRACKED
             # A wrong kernel brings wrong ones to those before it.
             call.cotangents = cotangents
             pairs.append((call, output))

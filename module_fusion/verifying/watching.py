@@ -36,8 +36,8 @@ class Call:
         theirs: what the members return in its place, where the kernel ran and that is known.
         grad: whether gradients were recorded.
         thread: which thread called.
-        cotangents: the gradients that arrived at the output's tensors in a backward of the run,
-            by their places in it.
+        cotangents: what arrived in a backward of the run at the output's tensors that require a
+            gradient, by their places in it; None where nothing did.
         left: the inputs as the kernel left them, where it changed them.
         problem: what else differs at this call.
     """
@@ -50,7 +50,7 @@ class Call:
     theirs: Any = UNKNOWN
     grad: bool = False
     thread: int = 0
-    cotangents: dict[str, Tensor] = field(default_factory=dict)
+    cotangents: dict[str, Tensor | None] = field(default_factory=dict)
     left: list[Any] | None = None
     problem: str | None = None
 
@@ -135,15 +135,16 @@ def _member_watched(
             object.__setattr__(module, "__class__", base)
 
 
-def arriving_at(output: Any) -> dict[str, Tensor]:
-    """What a backward brings to the tensors of an output; filled once there is one."""
-    arrived: dict[str, Tensor] = {}
+def arriving_at(output: Any) -> dict[str, Tensor | None]:
+    """What a backward brings to the tensors that require it; filled once there is one."""
+    arrived: dict[str, Tensor | None] = {}
     for leaf in leaves(output):
         if isinstance(leaf.value, Tensor) and leaf.value.requires_grad:
 
             def keep(gradient: Tensor, path: str = leaf.path) -> None:
                 arrived[path] = snapshot(gradient)
 
+            arrived[leaf.path] = None
             leaf.value.register_hook(keep)  # type: ignore[no-untyped-call]
     return arrived
 
@@ -152,7 +153,7 @@ class Returned(NamedTuple):
     """What the last member of a chain returned in the unfused run, and what came back to it."""
 
     output: Any
-    cotangents: dict[str, Tensor]
+    cotangents: dict[str, Tensor | None]
 
 
 @contextmanager
