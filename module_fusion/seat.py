@@ -11,6 +11,8 @@ import inspect
 import keyword
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from inspect import Parameter
 from typing import Any
 
@@ -29,6 +31,10 @@ from .returns import values_returned
 from .spec import External, Plan
 
 _MISSING = object()
+# What a kernel's `prepare` runs in: a dry run has a look at the members before and after.
+around_prepare: ContextVar[Callable[[Sequence[nn.Module]], AbstractContextManager[None]]] = (
+    ContextVar("around_prepare", default=lambda members: nullcontext())
+)
 _OF_THE_KERNEL = {
     "forward",
     "prepared",
@@ -172,7 +178,8 @@ class FusedKernel(nn.Module):
         if reason is not None:
             return reason
         try:
-            self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
+            with around_prepare.get()(self.members()):
+                self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
         except ValueError as error:
             return f"the kernel refuses: {error}"
         return None
