@@ -21,6 +21,7 @@ from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
 from .bytecode import layers_of
+from .context import why_fake
 from .deferred import DeferredOutput
 from .effects import is_code_read_once
 from .errors import SpecMismatchError
@@ -174,6 +175,8 @@ class FusedKernel(nn.Module):
         self.__dict__.pop("prepared", None)
         if getattr(self.kernel, "prepare", None) is None:
             return None
+        if reason := why_fake("a kernel that is prepared"):
+            return f"{reason}, and fuse again"
         reason = next((why for form in forms if (why := form.why_never_plain())), None)
         if reason is not None:
             return reason
