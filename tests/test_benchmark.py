@@ -392,6 +392,36 @@ def test_tokens_per_second_of_an_encoder_decoder_model_are_those_it_writes():
     assert found["fused"].tokens_per_second == 2 * 4 / found["fused"].median_s
 
 
+@pytest.mark.parametrize("has_start", [True, False])
+def test_decoder_tokens_that_are_given_are_not_counted_as_written(has_start: bool):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, vocab_size=32, decoder_start_token_id=0, eos_token_id=None)
+    model = T5ForConditionalGeneration(config).eval()
+    fuse_modules(model, ["encoder.block.*.layer.1.layer_norm"])
+    given = torch.randint(1, 32, (1, 20))
+    given[0, 0] = 0 if has_start else 1
+    options = {"min_new_tokens": 2, "max_new_tokens": 2, "num_beams": 2, "num_return_sequences": 2}
+    options |= {"decoder_input_ids": given, "do_sample": False}
+    found = benchmark(
+        model, torch.ones(1, 5, dtype=torch.long), method="generate", **options, **QUICK
+    )
+    assert found["fused"].tokens_per_second == 2 * 2 / found["fused"].median_s
+
+
+def test_a_generate_that_returns_new_tokens_alone_writes_all_of_them(fused_model: Model):
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.embed = fused_model, nn.Embedding(50, 8)
+
+        def generate(self, input_ids: Tensor) -> Tensor:
+            return 50 + self.model(self.embed(input_ids)).argmax(-1)[:, :3]
+
+    ids = torch.randint(0, 50, (2, 9))
+    found = benchmark(Writer(), ids, method="generate", **QUICK)
+    assert found["fused"].tokens_per_second == 2 * 3 / found["fused"].median_s
+
+
 def test_no_tokens_are_made_up_for_other_inputs(fused_model: Model, x: Tensor):
     found = benchmark(fused_model, x, **QUICK)
     assert found["fused"].tokens_per_second is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +76,18 @@ class Workload:
         written = getattr(output, "sequences", output)
         if not _is_token_ids(written):
             return None
-        rows, length = written.shape
+        starts: list[Tensor]
         if self._encoder_decoder:
-            return int(rows * (length - 1))
-        if "inputs_embeds" in self.inputs.kwargs:
-            return int(rows * length)
-        return None if prompt is None else int(rows * (length - prompt.shape[1]))
+            given = self.inputs.kwargs.get("decoder_input_ids")
+            # The token that decoders start with stands before what is given, if it does not yet.
+            starts = [given, _behind_one(given)] if _is_token_ids(given) else [written[:, :1]]
+        elif "inputs_embeds" in self.inputs.kwargs:
+            starts = []
+        elif prompt is None:
+            return None
+        else:
+            starts = [prompt]
+        return int(len(written) * (written.shape[1] - _width_of_start(written, starts)))
 
     def _token_ids(self) -> Tensor | None:
         args, kwargs = self.inputs
@@ -94,13 +100,29 @@ def _leaves(value: Any) -> list[Any]:
     return pytree.tree_leaves(value)
 
 
-def _is_token_ids(value: Any) -> bool:
+def _is_token_ids(value: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.dim() == 2
         and value.dtype in (torch.int32, torch.int64)
         and math.prod(value.shape) > 0
     )
+
+
+def _behind_one(ids: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(ids[:, :1], -1), ids], 1)
+
+
+def _width_of_start(written: Tensor, starts: Sequence[Tensor]) -> int:
+    """How much of every row was given: the widest start that all rows have; -1 is any token."""
+    fitting = [0]
+    for start in starts:
+        width = start.shape[1]
+        if len(written) % len(start) == 0 and width <= written.shape[1]:
+            rows = start.to(written.device).repeat_interleave(len(written) // len(start), 0)
+            if bool(((written[:, :width] == rows) | (rows == -1)).all()):
+                fitting.append(width)
+    return max(fitting)
 
 
 def _loss(output: Any) -> Tensor:
