@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import decimal
+import fractions
+import functools
 import json
 import random
 import threading
@@ -324,6 +328,16 @@ class Off(WeightKernel):
         lambda y: {1: y, "1": torch.ones(1)},
         lambda y: {"a": {"b": y}, "a.b": torch.ones(1)},
         lambda y: bytearray(y.detach().cpu().numpy().tobytes()),
+        lambda y: decimal.Decimal(y.double().pow(2).sum().item()),
+        lambda y: fractions.Fraction(y.double().pow(2).sum().item()),
+        lambda y: array.array("f", y.flatten().tolist()),
+        lambda y: memoryview(y.detach().cpu().numpy().tobytes()),
+        lambda y: numpy.ma.array(y.detach().cpu().numpy().copy()),
+        lambda y: y.detach().cpu().numpy().copy().view(Named),
+        lambda y: functools.partial(print, y),
+        lambda y: lambda: y,
+        lambda y: y.sum,
+        lambda y: y.detach().clone().untyped_storage(),
     ],
 )
 def test_no_form_of_output_is_called_equal_unseen(
@@ -332,6 +346,34 @@ def test_no_form_of_output_is_called_equal_unseen(
     with mapped(K=Off):
         fuse_modules(model, PATHS, kernel="K")
     assert not verify(Returns(model, form), x).equal
+
+
+class Named(numpy.ndarray):
+    """An array of a class of its own."""
+
+
+@pytest.mark.parametrize(
+    ("form", "is_seen"),
+    [
+        (lambda y: array.array("f", y.flatten().tolist()), True),
+        (lambda y: memoryview(y.detach().cpu().numpy().tobytes()), True),
+        (lambda y: numpy.ma.array(y.detach().cpu().numpy().copy()), True),
+        (lambda y: decimal.Decimal(y.sum().item()), True),
+        (lambda y: functools.partial(print, y), False),
+        (lambda y: {"f": lambda: y, "y": y}["f"], False),
+        (lambda y: y.detach().clone().untyped_storage(), False),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["equal", "right"])
+def test_outputs_that_are_not_looked_into_are_said_and_fail_nothing(
+    model: Model, x: Tensor, form: Callable[[Tensor], Any], is_seen: bool, kernel: str
+):
+    with mapped(K=MoreExact if kernel == "right" else WeightKernel):
+        fuse_modules(model, PATHS, kernel="K")
+    found = verify(Returns(model, form), x)
+    assert found.passed, found
+    assert found.equal is (kernel == "equal")
+    assert [note.endswith("is not compared") for note in found.notes] == ([] if is_seen else [True])
 
 
 def test_an_iterator_cannot_be_compared(model: Model, x: Tensor):

@@ -18,7 +18,7 @@ from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
-from .differences import USED_UP, Difference, between, combined, difference, differences
+from .differences import USED_UP, Difference, between, combined, difference, differences, is_unseen
 from .judging import is_left_by, judge
 from .remains import left_in, sums_of
 from .report import GroupVerification
@@ -115,7 +115,13 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         kernels = any(call.path == "kernel" for call in calls)
         rows = [*result.outputs, *result.gradients]
         same = not (kernels and in_threads)
-        same = same and all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
+        same = same and all(d.equal or is_unseen(d) for d in rows)
+        same = same and all(equal(call.output, other) for call, other in pairs)
+        unseen = [d for d in result.outputs if is_unseen(d)]
+        result.notes += [f"{d.name}: {d.problem}" for d in unseen]
+        if same:
+            # Then nothing is known to have another value than it has in the unfused run.
+            result.outputs = [d for d in result.outputs if not is_unseen(d)]
         followed = None
         if in_threads:
             result.notes.append(_THREADS)
@@ -239,7 +245,7 @@ def _outputs(ask: Ask, ours: _Ran, theirs: _Ran) -> list[Difference]:
         is_same = (
             isinstance(value, Tensor) and isinstance(after, Tensor) and same_bits(value, after)
         )
-        if not d.equal or not is_same:
+        if (not d.equal or not is_same) and not is_unseen(d):
             found.append(d)
     return found
 
@@ -259,7 +265,7 @@ def _gradients(ours: _Ran, theirs: _Ran) -> list[Difference]:
 
 def _same(ours: _Ran, theirs: _Ran) -> bool:
     rows = [*between(ours.output, theirs.output), *_gradients(ours, theirs)]
-    return all(d.equal or str(d.problem).endswith(USED_UP) for d in rows)
+    return all(d.equal or is_unseen(d) or str(d.problem).endswith(USED_UP) for d in rows)
 
 
 def _left_behind(
@@ -298,7 +304,7 @@ def _differing(
     for d in result.outputs:
         if d.problem and rounded and d.dtype in ("int", "float", "complex", "bool"):
             result.notes.append(_UNKNOWN.format(f"{d.name}: {d.problem}"))
-        elif d.problem:
+        elif d.problem and not is_unseen(d):
             yield f"{d.name}: {d.problem}"
 
 
@@ -309,7 +315,7 @@ def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
         f"{d.name}: differs in another place than the kernels' outputs; with those in their "
         f"places the unfused model gives other bits"
         for d in rows
-        if not d.equal
+        if not d.equal and not is_unseen(d)
     ][:1]
 
 
