@@ -42,7 +42,7 @@ def verify(
     """Compare the fused model with the unfused one on your own inputs.
 
     Nothing is left behind: random state, buffers, gradients, call counts and your inputs are as
-    before, and so are tensors and random generators that modules have as attributes. There is no
+    before, and so is what modules have as attributes, such as counters and caches. There is no
     second copy of the model's weights, so a parameter that the model writes to when it is called
     stays changed, and the report says which. Needs room for the inputs and
     outputs of all fused groups, and for one group at a time in float64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import io
 import json
@@ -10,7 +11,6 @@ import random
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -462,8 +462,8 @@ class _Stateful(Block):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(3))
-        # No list: the attributes of modules are put back.
-        self.drawn: deque[float] = deque()
+        # No list: what containers in attributes hold is put back.
+        self.drawn: array.array[float] = array.array("d")
         self.raises: list[BaseException] = []
         self.after = 10**9
 
