@@ -359,6 +359,30 @@ def test_with_backward_the_gradients_are_computed_and_put_back(fused_model: Mode
     assert seen == []
 
 
+@dataclasses.dataclass
+class _Output:
+    value: Tensor
+
+
+@pytest.mark.parametrize("form", [_Output, lambda y: torch.complex(y, y), lambda y: {"y": [y]}])
+def test_with_backward_tensors_are_found_in_outputs_of_any_form(
+    fused_model: Model, x: Tensor, form: Callable[[Tensor], Any]
+):
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fused_model
+
+        def forward(self, x: Tensor) -> Any:
+            return form(self.model(x))
+
+    seen: list[Tensor] = []
+    fused_model.layers[0].mlp.up_proj.weight.register_hook(seen.append)
+    assert benchmark(Returns(), x, backward=True, **QUICK).backward
+    assert all(float(gradient.abs().sum()) > 0 for gradient in seen)
+    assert len(seen) > 2
+
+
 def _causal() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -716,6 +740,20 @@ medians beside it"""
 
 def test_the_text_of_a_report_without_colours():
     assert str(FOUND) == repr(FOUND) == TEXT
+
+
+def test_a_note_of_several_lines_is_one_cell():
+    note = "the kernel refuses: first line\n  second | line\n<third>"
+    found = dataclasses.replace(
+        FOUND, rows=tuple(dataclasses.replace(row, note=note) for row in FOUND.rows)
+    )
+    told = "the kernel refuses: first line second | line <third>"
+    rows = len(found.rows)
+    lines = [line for line in found.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == rows + 2
+    assert sum(told.replace("|", "\\|") in line for line in lines) == rows
+    assert str(found).count(told) >= 1
+    assert "\n<third>" not in str(found)
 
 
 def test_markdown_has_the_cells_of_the_text():

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import FusionError
-from ..verifying.structures import fresh
+from ..verifying.structures import fresh, tensors_in
 
 
 class Inputs(NamedTuple):
@@ -46,7 +45,7 @@ class Workload:
         self.method = method
         self.backward = backward
         self.inputs = Inputs(args, dict(kwargs))
-        self.tensors = [leaf for leaf in _leaves(self.inputs) if isinstance(leaf, Tensor)]
+        self.tensors = tensors_in(self.inputs)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
@@ -96,10 +95,6 @@ class Workload:
         return found if _is_token_ids(found) else None
 
 
-def _leaves(value: Any) -> list[Any]:
-    return pytree.tree_leaves(value)
-
-
 def _is_token_ids(value: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
@@ -130,13 +125,14 @@ def _loss(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss.sum()
-    found = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if not found:
         raise FusionError(
             "backward=True, but no output needs a gradient: no parameter and no input does, or "
             "the method runs without gradients, as generate does."
         )
-    return sum(tensor.sum() for tensor in found)  # type: ignore[return-value]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]
+    return sum(tensor.sum() for tensor in real)  # type: ignore[return-value]
 
 
 def _check_backward(model: nn.Module) -> None:
