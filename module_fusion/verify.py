@@ -20,9 +20,10 @@ from .context import check_not_fake
 from .errors import FusionError
 from .inventory import chains_in, modules_in
 from .verifying.casting import in_dtype
+from .verifying.outcomes import Ask
 from .verifying.replaced import notes_on, replaced_in
 from .verifying.report import VerificationReport
-from .verifying.runs import Ask, compare
+from .verifying.runs import compare
 
 _COMPILED = (
     "compiled modules ran in eager mode here: what a compiler changes is not looked at, and calls "

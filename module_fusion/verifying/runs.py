@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
 from threading import get_ident
@@ -18,12 +17,22 @@ from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
-from .differences import USED_UP, Difference, between, combined, difference, differences, is_unseen
+from .differences import combined, differences, is_unseen
 from .judging import is_left_by, judge
+from .outcomes import (
+    Ask,
+    Ran,
+    Result,
+    differing,
+    gradient_rows,
+    is_same,
+    left_behind,
+    output_rows,
+)
 from .remains import left_in, sums_of
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, fresh, frozen, leaves, same_bits, tensors_in
+from .structures import fresh, frozen, leaves, tensors_in
 from .watching import WROTE, Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
@@ -43,58 +52,9 @@ _CHANGED = (
     "the parameter {!r} was changed by the runs and stays so: verify keeps no second copy of the "
     "weights. Load it again"
 )
-_UNKNOWN = (
-    "{}: as calls from other threads are not followed, it is not known whether that follows from "
-    "rounding"
-)
 _UNTRACKED = "the kernel's output does not require a gradient where that of the modules does"
 _TRACKED = "the kernel's output requires a gradient where that of the modules does not"
 _T = TypeVar("_T")
-
-
-@dataclass
-class Ask:
-    """What to run: a method of a model on inputs, in a dtype."""
-
-    model: nn.Module
-    method: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    gradients: bool
-    dtype: torch.dtype | None
-
-    @property
-    def run(self) -> str | None:
-        """The name of the dtype, where one was asked for."""
-        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-
-
-@dataclass
-class Result:
-    """What was found in one dtype."""
-
-    outputs: list[Difference] = field(default_factory=list)
-    gradients: list[Difference] = field(default_factory=list)
-    groups: list[GroupVerification] = field(default_factory=list)
-    first: GroupVerification | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Ran:
-    """One run: its output, its inputs as it left them, its gradients, and what it left behind.
-
-    `left` is from before the backward, and `changed` what that changed of it. `tracked` are the
-    tensors of the output that require a gradient.
-    """
-
-    output: list[Leaf]
-    given: list[Leaf]
-    gradients: dict[str, Tensor | None]
-    left: dict[str, Any]
-    changed: set[str]
-    tracked: set[str]
 
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
@@ -108,7 +68,7 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         again()
         ours, calls = _run(ask, watched(found), is_measure=False)
         again()
-        result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
+        result = Result(output_rows(ask, ours, theirs), gradient_rows(ours, theirs))
         # Not how many: one that has ended gives its number to the next.
         in_threads = any(call.thread != get_ident() for call in calls)
         pairs = [] if in_threads else _pairs(calls, before)
@@ -137,8 +97,8 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
         if found and not calls and not in_threads:
             result.problems.append("none of the fused modules was called in this run")
         rounded = in_threads and any(call.is_rounded() for call in calls)
-        result.problems += _left_behind(ask.model, ours, theirs, followed, rounded)
-        result.problems += _differing(result, ours, theirs, followed, rounded)
+        result.problems += left_behind(ask.model, ours, theirs, followed, rounded)
+        result.problems += differing(result, ours, theirs, followed, rounded)
         if not kernels and not same and not result.problems:
             result.problems.append(
                 "no kernel ran, and still the fused model gives other bits than the unfused one"
@@ -156,7 +116,7 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
             again()
             with unfused(ask.model):
                 once_more, _ = _run(ask, nullcontext())
-            if not _same(once_more, theirs):
+            if not is_same(once_more, theirs):
                 result.problems = [_ITSELF]
         result.notes += [_CHANGED.format(name) for name in _changed_since(at_first, ask.model)]
     if ask.run is not None:
@@ -168,7 +128,7 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
 
 def _run(
     ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True, is_measure: bool = True
-) -> tuple[_Ran, _T]:
+) -> tuple[Ran, _T]:
     """Run the method once, on inputs of its own; the measure has to have gradients."""
     args, kwargs = fresh((ask.args, ask.kwargs), ask.dtype)
     given = {"args": args, "kwargs": kwargs}
@@ -189,7 +149,7 @@ def _run(
         if isinstance(leaf.value, Tensor) and leaf.value.requires_grad
     }
     # A model may return its own buffers, which are put back.
-    return _Ran(frozen(output), frozen(given), found, left, changed, tracked), seen
+    return Ran(frozen(output), frozen(given), found, left, changed, tracked), seen
 
 
 def _changed_since(before: dict[str, int], model: nn.Module) -> list[str]:
@@ -231,92 +191,6 @@ def _gradients_of(
     # Not `backward`: what is hooked to the accumulation of gradients may step an optimizer.
     found = torch.autograd.grad(tensors, list(wanted.values()), cotangents, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
-
-
-def _outputs(ask: Ask, ours: _Ran, theirs: _Ran) -> list[Difference]:
-    """The differences of outputs, and of inputs that the runs changed."""
-    found = between(ours.output, theirs.output)
-    untouched = {leaf.path: leaf.value for leaf in leaves({"args": ask.args, "kwargs": ask.kwargs})}
-    for d in between(ours.given, theirs.given):
-        value = untouched.get(d.name)
-        if isinstance(value, Tensor) and value.is_floating_point() and ask.dtype is not None:
-            value = value.to(ask.dtype)
-        after = next((leaf.value for leaf in theirs.given if leaf.path == d.name), None)
-        is_same = (
-            isinstance(value, Tensor) and isinstance(after, Tensor) and same_bits(value, after)
-        )
-        if (not d.equal or not is_same) and not is_unseen(d):
-            found.append(d)
-    return found
-
-
-def _gradients(ours: _Ran, theirs: _Ran) -> list[Difference]:
-    found = []
-    for name, theirs_ in theirs.gradients.items():
-        ours_ = ours.gradients[name]
-        if ours_ is not None and theirs_ is not None:
-            found.append(difference(ours_, theirs_, name, strides=False))
-        elif ours_ is not None or theirs_ is not None:
-            where = "unfused" if ours_ is None else "fused"
-            problem = f"only the {where} run has a gradient"
-            found.append(Difference(name, equal=False, problem=problem))
-    return found
-
-
-def _same(ours: _Ran, theirs: _Ran) -> bool:
-    rows = [*between(ours.output, theirs.output), *_gradients(ours, theirs)]
-    return all(d.equal or is_unseen(d) or str(d.problem).endswith(USED_UP) for d in rows)
-
-
-def _left_behind(
-    model: nn.Module, ours: _Ran, theirs: _Ran, followed: _Ran | None, rounded: bool
-) -> list[str]:
-    """What the fused run left in another way than a run that has the kernels' outputs."""
-    expected = dict(theirs.left)
-    if followed is not None:
-        # But for parameters: what a kernel wrote to one is still there.
-        weights = {name for name, _ in model.named_parameters()}
-        expected.update({k: v for k, v in followed.left.items() if k not in weights})
-    floats = {name for name, b in model.named_buffers() if b.is_floating_point()}
-    unlike = [k for k in {**expected, **ours.left} if ours.left.get(k) != expected.get(k)]
-    unlike = [name for name in unlike if not (rounded and name in floats)]
-    unlike += [name for name in ours.changed ^ theirs.changed if name not in unlike]
-    return [
-        f"{name} is not as the unfused run left it: the fused run changed it in another way"
-        for name in unlike
-    ]
-
-
-def _differing(
-    result: Result, ours: _Ran, theirs: _Ran, followed: _Ran | None, rounded: bool
-) -> Iterator[str]:
-    """What differs in another way than by the rounding of a kernel."""
-    for d in result.gradients:
-        if d.problem:
-            yield f"the gradient of {d.name}: {d.problem}"
-    for name in sorted(ours.tracked ^ theirs.tracked):
-        where = "unfused" if name in theirs.tracked else "fused"
-        yield f"{name}: requires a gradient in the {where} run alone"
-    left_over = None if followed is None else _left_over(ours, followed)
-    yield from left_over or ()
-    if left_over == []:
-        return  # It follows from what the kernels returned, and those are judged by themselves.
-    for d in result.outputs:
-        if d.problem and rounded and d.dtype in ("int", "float", "complex", "bool"):
-            result.notes.append(_UNKNOWN.format(f"{d.name}: {d.problem}"))
-        elif d.problem and not is_unseen(d):
-            yield f"{d.name}: {d.problem}"
-
-
-def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
-    """What differs from the unfused model even with the kernels' outputs in their places."""
-    rows = [*between(ours.output, followed.output), *between(ours.given, followed.given)]
-    return [
-        f"{d.name}: differs in another place than the kernels' outputs; with those in their "
-        f"places the unfused model gives other bits"
-        for d in rows
-        if not d.equal and not is_unseen(d)
-    ][:1]
 
 
 def _pairs(calls: Sequence[Call], before: dict[int, list[Returned]]) -> list[tuple[Call, Any]]:
