@@ -7,9 +7,10 @@ random weights.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,16 @@ def _plan(model: nn.Module, options: argparse.Namespace) -> int:
 
 
 def _verify(model: nn.Module, options: argparse.Namespace) -> int:
-    inputs = _inputs(model, options)
-    fuse(model, _families(options))
+    inputs = _checked(_inputs(model, options), verify, options)
+    _fuse(model, options)
     result = verify(model, gradients=options.gradients, **_call(options), **inputs)
     _show(result, options)
     return 0 if result.passed else 1
 
 
 def _bench(model: nn.Module, options: argparse.Namespace) -> int:
-    inputs = _inputs(model, options)
-    fuse(model, _families(options))
+    inputs = _checked(_inputs(model, options), benchmark, options)
+    _fuse(model, options)
     result = benchmark(
         model, seconds=options.seconds, compare=options.compare, **_call(options), **inputs
     )
@@ -164,6 +165,36 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
             f"keyword arguments with torch.save and give the file: --inputs inputs.pt."
         )
     return {name: value.to(options.device)}
+
+
+def _checked(
+    inputs: dict[Any, Any], command: Callable[..., Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Inputs that can be given by name, and that are not taken for options of the command."""
+    parameters = inspect.signature(command).parameters.values()
+    reserved = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in inputs:
+        if not isinstance(name, str):
+            raise FusionError(
+                f"{options.inputs} has the key {name!r} of class {type(name).__name__}; keys are "
+                f"the names of the model's arguments, such as 'input_ids'."
+            )
+        if name in _call(options) and name not in reserved:
+            raise FusionError(
+                f"{options.inputs} has {name!r}, which --generate sets: leave it out."
+            )
+        if name in reserved:
+            raise FusionError(
+                f"{options.inputs} has {name!r}, which is an option of {command.__name__} and "
+                f"not an input: leave it out, and see --help for what the command line can set."
+            )
+    return inputs
+
+
+def _fuse(model: nn.Module, options: argparse.Namespace) -> None:
+    found = fuse(model, _families(options))
+    if not found.fused:
+        raise FusionError(f"Nothing is fused in this model. {found}")
 
 
 def _show(result: Any, options: argparse.Namespace) -> None:

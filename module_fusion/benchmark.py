@@ -67,9 +67,9 @@ def benchmark(
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
 
     The model is left as it was: classes, buffers, gradients, random state, and the counts in
-    `report(model)`. Parameters that the model writes to when it is called are not put back, nor
-    is what Python attributes hold besides tensors, random generators, lists, dicts and sets of
-    them, nor CUDA's peak memory statistics. No other thread may run the model meanwhile.
+    `report(model)`; so is what Python attributes hold, as deep as a cache goes. Parameters that
+    the model writes to when it is called are not put back, nor are CUDA's peak memory statistics.
+    No other thread may run the model meanwhile.
 
     Args:
         model: a model with something fused in it.

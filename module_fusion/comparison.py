@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .attributes import attributes_of, value_of
 from .errors import FusionError
 from .inventory import Found, chains_in, modules_in, states_of, strays_in
 from .modules import KEY, ModuleState, expected_class
-from .verifying.structures import is_plain, same_bits
+from .verifying.structures import same_bits
 
-# What `nn.Module` itself has in every instance, or puts there when it is compiled.
 _COUNTS = ("kernel_calls", "member_calls", "reason", "holds")
-_OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
 
 
 def check_not_ambiguous(
@@ -84,9 +81,8 @@ def unfused(model: nn.Module) -> Iterator[None]:
 def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
     """On leaving, random state, buffers, gradients and attributes are what they were before.
 
-    Of a list, dict or set that a module has, the items too; and what is in tensors and random
-    generators there. What else a module's attributes hold is not looked into, and there is no
-    copy of parameters: a model that writes to those by itself stays changed.
+    Of containers and objects that a module has, what is in them too, as `attributes_of` says.
+    There is no copy of parameters: a model that writes to those by itself stays changed.
 
     Yields:
         A function that puts them back at once, for a second run from the same start.
@@ -107,9 +103,8 @@ def attributes_put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
     """The same but for gradients."""
     steps = [
         random_state(),
-        *_values_in_attributes(model),
+        *attributes_of(model),
         *_buffers(model),
-        *_attributes(model),
     ]
 
     def put_back() -> None:
@@ -167,64 +162,8 @@ def _buffers(model: nn.Module) -> Iterator[Callable[[], None]]:
     for module in modules_in(model):
         if module._buffers:
             before = dict(module._buffers)
-            values = [_value(buffer) for buffer in before.values() if buffer is not None]
+            values = [value_of(buffer) for buffer in before.values() if buffer is not None]
             yield _restorer_of_buffers(module, before, values)
-
-
-def _value(tensor: Tensor) -> Callable[[], None]:
-    """A function that writes what is in a tensor now into it again."""
-    value = tensor.detach().clone()
-
-    def put_back() -> None:
-        if not same_bits(tensor, value):
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(value)
-
-    return put_back
-
-
-def _values_in_attributes(model: nn.Module) -> Iterator[Callable[[], Any]]:
-    """Of tensors that are no parameters and share no memory with one, and of generators."""
-    known = {_memory(parameter) for parameter in model.parameters()}
-    seen: set[int] = set()
-    for value in _in_attributes(model):
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        generator = _generator(value)
-        if generator is not None:
-            yield generator
-        elif isinstance(value, Tensor) and _memory(value) not in known:
-            yield _value(value)
-
-
-def _in_attributes(model: nn.Module) -> Iterator[Any]:
-    for module in modules_in(model):
-        for name, value in module.__dict__.items():
-            if name not in _OF_EVERY_MODULE:
-                is_dict, is_many = type(value) is dict, type(value) in (list, tuple, set)
-                yield from value.values() if is_dict else value if is_many else [value]
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if is_plain(tensor) else id(tensor)
-
-
-def _generator(value: Any) -> Callable[[], Any] | None:
-    """A function that puts back the state of a random generator, None for another value."""
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if "numpy" not in sys.modules:
-        return None
-    kinds: Any = sys.modules["numpy"].random
-    if isinstance(value, kinds.RandomState):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, kinds.Generator):
-        bits = value.bit_generator
-        return partial(setattr, bits, "state", copy.deepcopy(bits.state))
-    return None
 
 
 def _restorer_of_buffers(
@@ -239,36 +178,19 @@ def _restorer_of_buffers(
     return put_back
 
 
-def _attributes(model: nn.Module) -> Iterator[Callable[[], None]]:
-    for module in modules_in(model):
-        before = {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
-        items = [(v, v.copy()) for v in before.values() if type(v) in (list, dict, set)]
-        yield _restorer_of_attributes(module, before, items)
-
-
-def _restorer_of_attributes(
-    module: nn.Module, before: dict[str, Any], items: list[tuple[Any, Any]]
-) -> Callable[[], None]:
-    def put_back() -> None:
-        own = module.__dict__
-        for name in [name for name in own if name not in before and name not in _OF_EVERY_MODULE]:
-            del own[name]
-        own.update(before)
-        for value, kept in items:
-            value.clear()
-            (value.extend if type(value) is list else value.update)(kept)
-
-    return put_back
-
-
 def _gradients(model: nn.Module) -> Callable[[], None]:
-    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    before = [
+        (p, p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad)
+        for p in model.parameters()
+    ]
 
     def put_back() -> None:
-        for parameter, gradient, value in before:
+        for parameter, gradient, value, is_wanted in before:
             if gradient is not None and value is not None and not same_bits(gradient, value):
                 with torch.no_grad():
                     gradient.copy_(value)
             parameter.grad = gradient
+            if parameter.requires_grad is not is_wanted:
+                parameter.requires_grad_(is_wanted)
 
     return put_back

@@ -21,6 +21,7 @@ from .errors import FusionError
 
 Context = tuple[Any, ...]
 _FAKE = "torch._subclasses.fake_tensor"
+_REAL = "{} has to compute with values: leave the FakeTensorMode, and give a real model"
 
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
@@ -92,21 +93,27 @@ class SavedTensorHooks:
             autograd._push_saved_tensors_default_hooks(*hooks)
 
 
+def why_fake(what: str) -> str | None:
+    """The reason why what has to compute cannot: a FakeTensorMode is active. None otherwise."""
+    if _FAKE not in sys.modules or torch._guards.detect_fake_mode() is None:
+        return None
+    return f"A FakeTensorMode is active, and {_REAL.format(what)}"
+
+
 def check_not_fake(model: nn.Module, what: str) -> None:
     """Refuse what has to compute where tensors are fake, without values.
 
     Raises:
         FusionError: a FakeTensorMode is active, or a parameter or buffer was made under one.
     """
+    if reason := why_fake(what):
+        raise FusionError(f"{reason}.")
     if _FAKE not in sys.modules:
         return
     fake: Any = sys.modules[_FAKE]
-    advice = f"{what} has to compute with values: leave the FakeTensorMode, and give a real model."
-    if torch._guards.detect_fake_mode() is not None:
-        raise FusionError(f"A FakeTensorMode is active, and {advice}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, fake.FakeTensor):
-            raise FusionError(f"{name!r} is a FakeTensor, and {advice}")
+            raise FusionError(f"{name!r} is a FakeTensor, and {_REAL.format(what)}.")
 
 
 def check_has_values(model: nn.Module, tensors: list[Tensor], what: str) -> None:

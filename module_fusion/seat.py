@@ -11,6 +11,8 @@ import inspect
 import keyword
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from inspect import Parameter
 from typing import Any
 
@@ -19,6 +21,7 @@ from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
 from .bytecode import layers_of
+from .context import why_fake
 from .deferred import DeferredOutput
 from .effects import is_code_read_once
 from .errors import SpecMismatchError
@@ -29,6 +32,10 @@ from .returns import values_returned
 from .spec import External, Plan
 
 _MISSING = object()
+# What a kernel's `prepare` runs in: a dry run has a look at the members before and after.
+around_prepare: ContextVar[Callable[[Sequence[nn.Module]], AbstractContextManager[None]]] = (
+    ContextVar("around_prepare", default=lambda members: nullcontext())
+)
 _OF_THE_KERNEL = {
     "forward",
     "prepared",
@@ -168,11 +175,14 @@ class FusedKernel(nn.Module):
         self.__dict__.pop("prepared", None)
         if getattr(self.kernel, "prepare", None) is None:
             return None
+        if reason := why_fake("a kernel that is prepared"):
+            return f"{reason}, and fuse again"
         reason = next((why for form in forms if (why := form.why_never_plain())), None)
         if reason is not None:
             return reason
         try:
-            self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
+            with around_prepare.get()(self.members()):
+                self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
         except ValueError as error:
             return f"the kernel refuses: {error}"
         return None

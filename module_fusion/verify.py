@@ -20,9 +20,10 @@ from .context import check_not_fake
 from .errors import FusionError
 from .inventory import chains_in, modules_in
 from .verifying.casting import in_dtype
+from .verifying.outcomes import Ask
 from .verifying.replaced import notes_on, replaced_in
 from .verifying.report import VerificationReport
-from .verifying.runs import Ask, compare
+from .verifying.runs import compare
 
 _COMPILED = (
     "compiled modules ran in eager mode here: what a compiler changes is not looked at, and calls "
@@ -42,7 +43,7 @@ def verify(
     """Compare the fused model with the unfused one on your own inputs.
 
     Nothing is left behind: random state, buffers, gradients, call counts and your inputs are as
-    before, and so are tensors and random generators that modules have as attributes. There is no
+    before, and so is what modules have as attributes, such as counters and caches. There is no
     second copy of the model's weights, so a parameter that the model writes to when it is called
     stays changed, and the report says which. Needs room for the inputs and
     outputs of all fused groups, and for one group at a time in float64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import io
 import json
@@ -10,7 +11,6 @@ import random
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -359,6 +359,30 @@ def test_with_backward_the_gradients_are_computed_and_put_back(fused_model: Mode
     assert seen == []
 
 
+@dataclasses.dataclass
+class _Output:
+    value: Tensor
+
+
+@pytest.mark.parametrize("form", [_Output, lambda y: torch.complex(y, y), lambda y: {"y": [y]}])
+def test_with_backward_tensors_are_found_in_outputs_of_any_form(
+    fused_model: Model, x: Tensor, form: Callable[[Tensor], Any]
+):
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fused_model
+
+        def forward(self, x: Tensor) -> Any:
+            return form(self.model(x))
+
+    seen: list[Tensor] = []
+    fused_model.layers[0].mlp.up_proj.weight.register_hook(seen.append)
+    assert benchmark(Returns(), x, backward=True, **QUICK).backward
+    assert all(float(gradient.abs().sum()) > 0 for gradient in seen)
+    assert len(seen) > 2
+
+
 def _causal() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -390,6 +414,36 @@ def test_tokens_per_second_of_an_encoder_decoder_model_are_those_it_writes():
     ids = torch.ones(2, 5, dtype=torch.long)
     found = benchmark(model, ids, method="generate", max_new_tokens=4, **QUICK)
     assert found["fused"].tokens_per_second == 2 * 4 / found["fused"].median_s
+
+
+@pytest.mark.parametrize("has_start", [True, False])
+def test_decoder_tokens_that_are_given_are_not_counted_as_written(has_start: bool):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, vocab_size=32, decoder_start_token_id=0, eos_token_id=None)
+    model = T5ForConditionalGeneration(config).eval()
+    fuse_modules(model, ["encoder.block.*.layer.1.layer_norm"])
+    given = torch.randint(1, 32, (1, 20))
+    given[0, 0] = 0 if has_start else 1
+    options = {"min_new_tokens": 2, "max_new_tokens": 2, "num_beams": 2, "num_return_sequences": 2}
+    options |= {"decoder_input_ids": given, "do_sample": False}
+    found = benchmark(
+        model, torch.ones(1, 5, dtype=torch.long), method="generate", **options, **QUICK
+    )
+    assert found["fused"].tokens_per_second == 2 * 2 / found["fused"].median_s
+
+
+def test_a_generate_that_returns_new_tokens_alone_writes_all_of_them(fused_model: Model):
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.embed = fused_model, nn.Embedding(50, 8)
+
+        def generate(self, input_ids: Tensor) -> Tensor:
+            return 50 + self.model(self.embed(input_ids)).argmax(-1)[:, :3]
+
+    ids = torch.randint(0, 50, (2, 9))
+    found = benchmark(Writer(), ids, method="generate", **QUICK)
+    assert found["fused"].tokens_per_second == 2 * 3 / found["fused"].median_s
 
 
 def test_no_tokens_are_made_up_for_other_inputs(fused_model: Model, x: Tensor):
@@ -432,8 +486,8 @@ class _Stateful(Block):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(3))
-        # No list: the attributes of modules are put back.
-        self.drawn: deque[float] = deque()
+        # No list: what containers in attributes hold is put back.
+        self.drawn: array.array[float] = array.array("d")
         self.raises: list[BaseException] = []
         self.after = 10**9
 
@@ -686,6 +740,20 @@ medians beside it"""
 
 def test_the_text_of_a_report_without_colours():
     assert str(FOUND) == repr(FOUND) == TEXT
+
+
+def test_a_note_of_several_lines_is_one_cell():
+    note = "the kernel refuses: first line\n  second | line\n<third>"
+    found = dataclasses.replace(
+        FOUND, rows=tuple(dataclasses.replace(row, note=note) for row in FOUND.rows)
+    )
+    told = "the kernel refuses: first line second | line <third>"
+    rows = len(found.rows)
+    lines = [line for line in found.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == rows + 2
+    assert sum(told.replace("|", "\\|") in line for line in lines) == rows
+    assert str(found).count(told) >= 1
+    assert "\n<third>" not in str(found)
 
 
 def test_markdown_has_the_cells_of_the_text():

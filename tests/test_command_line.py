@@ -131,6 +131,39 @@ def test_inputs_come_from_a_file(
 
 
 @pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({1: torch.ones(1, 3, dtype=torch.long)}, "has the key 1 of class int; keys are the names"),
+        ({"gradients": True}, "has 'gradients', which is an option of verify and not an input"),
+        ({"method": "generate"}, "has 'method', which is an option of verify and not an input"),
+        ({"do_sample": True}, "has 'do_sample', which --generate sets"),
+    ],
+)
+def test_keys_of_a_file_of_inputs_that_are_none_of_the_models_are_refused(
+    config: str, tmp_path: Path, inputs: object, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = ["verify", config, "--device", "cpu", "--inputs", str(tmp_path / "inputs.pt")]
+    assert main([*arguments, "--generate", "2"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_where_nothing_is_fused_the_reasons_are_those_of_plan(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {**TEXT, "hidden_act": "relu6"}
+    hf.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--device", "cpu"]) == 0
+    planned = capsys.readouterr().out.strip()
+    assert "skipped" in planned
+    assert main([command, str(tmp_path), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert planned in said
+    assert "Fuse it first" not in said
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["plan", "nowhere"], "There is no file or folder 'nowhere'"),

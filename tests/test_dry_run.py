@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -475,20 +476,81 @@ def test_what_a_kernel_writes_to_its_members_when_it_is_prepared_is_undone(
     assert {row.path for row in dry.groups} == {"kernel"}
 
 
-def test_a_kernel_that_writes_to_weights_when_it_is_prepared_is_told(model: Model) -> None:
+def _scale(norm: nn.Module, mlp: nn.Module) -> None:
+    with torch.no_grad():
+        norm.weight.mul_(2)
+
+
+def _scale_data(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.weight.data.mul_(2)
+
+
+def _other_data(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.weight.data = norm.weight.data * 2
+
+
+def _freeze(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.requires_grad_(False)
+
+
+def _backward(norm: nn.Module, mlp: nn.Module) -> None:
+    with torch.enable_grad():
+        norm(torch.ones(1, 8)).sum().backward()
+
+
+def _hook(norm: nn.Module, mlp: nn.Module) -> None:
+    norm.weight.register_hook(lambda gradient: gradient * 0)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "what"),
+    [
+        (_scale, ""),
+        (_scale_data, ""),
+        (_other_data, ""),
+        (_freeze, ".requires_grad"),
+        (_backward, ".grad"),
+        (_hook, "'s hooks"),
+    ],
+)
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_what_a_kernel_does_to_weights_when_it_is_prepared_is_told_and_undone(
+    model: Model, prepare: Callable[..., None], what: str, has_gradients: bool
+) -> None:
     class Writing(WeightKernel):
         def forward(self, x: Tensor) -> Tensor:
             return WeightKernel.forward(self, x)
 
-    def prepare(norm: nn.Module, mlp: nn.Module) -> None:
-        with torch.no_grad():
-            norm.weight.mul_(2)
-
     setattr(Writing.forward, "prepare", prepare)
+    if has_gradients:
+        model(torch.randn(2, 8)).sum().backward()
+
+    def state() -> Any:
+        return [
+            (name, p.data_ptr(), p.tolist(), p.requires_grad, id(p.grad), str(p.grad))
+            for name, p in model.named_parameters()
+        ]
+
+    before = state()
     classes = [type(module) for module in model.modules()]
+    names = [repr(f"layers.{number}.norm.weight{what}") for number in range(len(model.layers))]
     with (
         mapped(Fast=Writing),
-        pytest.raises(FusionError, match=r"A kernel wrote to 'layers\.0\.norm\.weight', 'layers"),
+        pytest.raises(FusionError, match=re.escape(f"wrote to {', '.join(names)} when")),
     ):
         fuse_modules(model, ROLES, kernel="Fast", dry_run=True)
     assert [type(module) for module in model.modules()] == classes
+    assert state() == before
+    assert all(p._backward_hooks is None for p in model.parameters())
+
+
+def test_a_prepare_outside_a_dry_run_is_left_alone(model: Model) -> None:
+    class Writing(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return WeightKernel.forward(self, x)
+
+    setattr(Writing.forward, "prepare", _scale_data)
+    before = model.layers[0].norm.weight.tolist()
+    with mapped(Fast=Writing):
+        fuse_modules(model, ROLES, kernel="Fast")
+    assert model.layers[0].norm.weight.tolist() == [2 * value for value in before]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
 import json
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -271,6 +274,104 @@ def test_tensors_and_generators_that_modules_have_are_put_back(model: Model, x: 
     assert (outer.count, outer.counts[0]) == kept
     outer(x)
     assert outer.state() != before
+
+
+class Layer:
+    """As a layer of a cache: tensors in an object, one written to and one replaced."""
+
+    def __init__(self) -> None:
+        self.keys, self.steps = torch.zeros(3), torch.zeros(1)
+
+    def update(self) -> None:
+        self.keys += 1
+        self.steps = self.steps + 1
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.layers = [Layer()]
+        self.seen = 0
+
+    def update(self) -> int:
+        self.seen += 1
+        if self.seen % 3 == 2:
+            self.layers.append(Layer())
+        for layer in self.layers:
+            layer.update()
+        sums = [float(layer.keys.sum() + layer.steps) for layer in self.layers]
+        return self.seen + int(sum(sums))
+
+
+def counted(counter: Any) -> int:
+    counter["a"] += 1
+    return counter["a"]
+
+
+def grown(many: Any) -> int:
+    many.append(len(many))
+    return len(many)
+
+
+def entered(entries: Any) -> int:
+    entries[len(entries)] = 1
+    return len(entries)
+
+
+def raised(space: Any) -> int:
+    space.n += 1
+    return space.n
+
+
+def deep(entries: Any) -> int:
+    entries["k"][0] += 1
+    return int(entries["k"][0].sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "step"),
+    [
+        (Cache, Cache.update),
+        (collections.deque, grown),
+        (lambda: {"k": []}, lambda state: grown(state["k"])),
+        (collections.OrderedDict, entered),
+        (lambda: collections.defaultdict(list), lambda state: grown(state["k"])),
+        (collections.Counter, counted),
+        (lambda: types.SimpleNamespace(n=0), raised),
+        (lambda: (torch.zeros(3), [0]), lambda state: grown(state[1])),
+        (lambda: {"k": [torch.zeros(3)]}, deep),
+    ],
+)
+@pytest.mark.parametrize("look", [verify, lambda m, x: benchmark(m, x, seconds=0.01)])
+def test_what_modules_keep_in_containers_and_objects_is_put_back(
+    model: Model, x: Tensor, make: Any, step: Any, look: Any
+):
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.kept = fused_with(WeightKernel, model), make()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x), step(self.kept)
+
+    outer = Keeping()
+    outer(x)  # One that was called before has something in it.
+    before = copy.deepcopy(outer.kept)
+    found = look(outer, x)
+    if look is verify:
+        assert found.passed, found
+        assert found.equal
+    assert not [d for d in differences(outer.kept, before) if not d.equal]
+    assert step(outer.kept) == step(before)
+
+
+def test_what_the_parts_of_an_attribute_refer_to_in_a_circle_is_followed_once(
+    model: Model, x: Tensor
+):
+    outer = Returns(fused_with(WeightKernel, model), lambda m, y: y)
+    outer.circle = types.SimpleNamespace(module=outer, items=[])
+    outer.circle.items.append(outer.circle)
+    assert verify(outer, x).passed
+    assert outer.circle.items == [outer.circle]
 
 
 def test_a_generator_among_the_inputs_is_copied_for_every_run(model: Model, x: Tensor):

@@ -45,6 +45,19 @@ def test_under_a_fake_tensor_mode_the_error_says_so(name: str, call: Any, make: 
     assert structure(model) == before
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_kernel_that_is_prepared_waits_for_values_under_a_fake_tensor_mode(dry_run: bool):
+    model = Model(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = fuse_modules(model, PATHS, kernel="RMSNormMLP", dry_run=dry_run)
+    assert found.groups[0].path == "members"
+    assert found.groups[0].reason == (
+        "A FakeTensorMode is active, and a kernel that is prepared has to compute with values: "
+        "leave the FakeTensorMode, and give a real model, and fuse again"
+    )
+    assert fuse_modules(model, PATHS, kernel="RMSNormMLP").groups[0].path == "kernel"
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_a_model_of_fake_tensors_is_refused_outside_of_the_mode_too(name: str, call: Any):
     with FakeTensorMode():

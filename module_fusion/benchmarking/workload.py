@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import FusionError
-from ..verifying.structures import fresh
+from ..verifying.structures import fresh, tensors_in
 
 
 class Inputs(NamedTuple):
@@ -46,7 +45,7 @@ class Workload:
         self.method = method
         self.backward = backward
         self.inputs = Inputs(args, dict(kwargs))
-        self.tensors = [leaf for leaf in _leaves(self.inputs) if isinstance(leaf, Tensor)]
+        self.tensors = tensors_in(self.inputs)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
@@ -76,12 +75,18 @@ class Workload:
         written = getattr(output, "sequences", output)
         if not _is_token_ids(written):
             return None
-        rows, length = written.shape
+        starts: list[Tensor]
         if self._encoder_decoder:
-            return int(rows * (length - 1))
-        if "inputs_embeds" in self.inputs.kwargs:
-            return int(rows * length)
-        return None if prompt is None else int(rows * (length - prompt.shape[1]))
+            given = self.inputs.kwargs.get("decoder_input_ids")
+            # The token that decoders start with stands before what is given, if it does not yet.
+            starts = [given, _behind_one(given)] if _is_token_ids(given) else [written[:, :1]]
+        elif "inputs_embeds" in self.inputs.kwargs:
+            starts = []
+        elif prompt is None:
+            return None
+        else:
+            starts = [prompt]
+        return int(len(written) * (written.shape[1] - _width_of_start(written, starts)))
 
     def _token_ids(self) -> Tensor | None:
         args, kwargs = self.inputs
@@ -90,11 +95,7 @@ class Workload:
         return found if _is_token_ids(found) else None
 
 
-def _leaves(value: Any) -> list[Any]:
-    return pytree.tree_leaves(value)
-
-
-def _is_token_ids(value: Any) -> bool:
+def _is_token_ids(value: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.dim() == 2
@@ -103,18 +104,35 @@ def _is_token_ids(value: Any) -> bool:
     )
 
 
+def _behind_one(ids: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(ids[:, :1], -1), ids], 1)
+
+
+def _width_of_start(written: Tensor, starts: Sequence[Tensor]) -> int:
+    """How much of every row was given: the widest start that all rows have; -1 is any token."""
+    fitting = [0]
+    for start in starts:
+        width = start.shape[1]
+        if len(written) % len(start) == 0 and width <= written.shape[1]:
+            rows = start.to(written.device).repeat_interleave(len(written) // len(start), 0)
+            if bool(((written[:, :width] == rows) | (rows == -1)).all()):
+                fitting.append(width)
+    return max(fitting)
+
+
 def _loss(output: Any) -> Tensor:
     """The output's loss, or the sum of its floating tensors."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss.sum()
-    found = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if not found:
         raise FusionError(
             "backward=True, but no output needs a gradient: no parameter and no input does, or "
             "the method runs without gradients, as generate does."
         )
-    return sum(tensor.sum() for tensor in found)  # type: ignore[return-value]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]
+    return sum(tensor.sum() for tensor in real)  # type: ignore[return-value]
 
 
 def _check_backward(model: nn.Module) -> None:

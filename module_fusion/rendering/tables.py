@@ -8,7 +8,11 @@ Row = Sequence[str]
 
 
 def text_table(header: Row, rows: Sequence[Row]) -> str:
-    """Columns aligned to the left, a line under the header, no trailing spaces."""
+    """Columns aligned to the left, a line under the header, no trailing spaces.
+
+    A cell of several lines, as a reason may be, becomes one.
+    """
+    header, *rows = map(_in_one_line, [header, *rows])
     widths = _widths(header, rows)
     lines = [_aligned(row, widths, "  ").rstrip() for row in [header, *rows]]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -17,11 +21,15 @@ def text_table(header: Row, rows: Sequence[Row]) -> str:
 
 def markdown_table(header: Row, rows: Sequence[Row]) -> str:
     """The same cells, with what Markdown would read as the end of a cell escaped."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    cells = [[c.replace("|", "\\|") for c in _in_one_line(row)] for row in [header, *rows]]
     widths = _widths(cells[0], cells[1:])
     lines = [f"| {_aligned(row, widths, ' | ')} |" for row in cells]
     lines.insert(1, f"| {' | '.join('-' * max(width, 3) for width in widths)} |")
     return "\n".join(lines)
+
+
+def _in_one_line(row: Row) -> Row:
+    return [" ".join(line.strip() for line in c.splitlines()) if "\n" in c else c for c in row]
 
 
 def without_empty_columns(header: Row, rows: Sequence[Row]) -> tuple[Row, list[Row]]:

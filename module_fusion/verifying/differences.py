@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from datetime import date, time, timedelta
+from enum import Enum
+from numbers import Number
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import torch
 from torch import Tensor
@@ -15,6 +19,21 @@ from .structures import Kind, Leaf, bits_of, leaves, same_bits, strides_of
 # Elements that are looked at together in float64.
 _CHUNK = 1 << 22
 USED_UP = "cannot be compared without using it up"
+UNSEEN = "is not compared"
+# What is unequal only where its value is.
+_VALUES: tuple[type, ...] = (
+    Number,
+    str,
+    bytes,
+    bytearray,
+    range,
+    slice,
+    tuple,
+    Enum,
+    UUID,
+    torch.dtype,
+)
+_VALUES += (torch.device, torch.Size, date, time, timedelta)
 
 
 class Difference(NamedTuple):
@@ -57,11 +76,16 @@ def differences(fused: Any, unfused: Any) -> list[Difference]:
     Returns:
         A difference per tensor, and one per place where anything else differs.
     """
-    return between(leaves(fused), leaves(unfused))
+    return [d for d in between(leaves(fused), leaves(unfused)) if not is_unseen(d)]
+
+
+def is_unseen(found: Difference) -> bool:
+    """Whether it only says that a value cannot be looked into, as a function cannot."""
+    return str(found.problem).endswith(UNSEEN)
 
 
 def between(fused: Sequence[Leaf], unfused: Sequence[Leaf]) -> list[Difference]:
-    """The same of the leaves of two values."""
+    """The same of the leaves of two values, and a row for each that is not looked into."""
     ours, theirs = _by_place(fused), _by_place(unfused)
     found: list[Difference] = []
     for place in [*theirs, *(place for place in ours if place not in theirs)]:
@@ -101,14 +125,25 @@ def _differing_values(a: Any, b: Any) -> str | None:
         return f"a {type(a).__name__} {USED_UP}"
     if isinstance(a, float) and a == b and math.copysign(1, a) != math.copysign(1, b):
         return f"{a} fused, {b} unfused"
-    if hasattr(a, "tobytes") and (a.dtype, a.shape, a.tobytes()) != (b.dtype, b.shape, b.tobytes()):
-        return "the arrays differ"
-    plain: tuple[type, ...] = (bool, int, float, complex, str, bytes, bytearray, range, slice)
-    plain += (tuple, torch.dtype, torch.device, torch.Size)
-    # Of other objects nothing more is known than that they are of one class.
-    if isinstance(a, plain) and a != b:
-        return f"{a!r} fused, {b!r} unfused"
-    return None
+    if hasattr(a, "tobytes"):
+        return None if _as_bytes(a) == _as_bytes(b) else "the arrays differ"
+    try:
+        if bool(a == b):
+            return None
+    except Exception:
+        return _unseen(a)
+    # Others may be unequal because they are two objects, and say nothing of what is in them.
+    return f"{a!r} fused, {b!r} unfused" if isinstance(a, _VALUES) else _unseen(a)
+
+
+def _unseen(value: Any) -> str:
+    return f"a {type(value).__name__} {UNSEEN}"
+
+
+def _as_bytes(array: Any) -> tuple[Any, ...]:
+    """Of an array of NumPy or of Python, or a memoryview."""
+    names = ("dtype", "typecode", "format", "shape")
+    return (*(getattr(array, name, None) for name in names), array.tobytes())
 
 
 def difference(

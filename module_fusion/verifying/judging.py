@@ -49,9 +49,7 @@ def judge(
     backward = gradients and bool(seat._capabilities["has_backward"])
     for call in calls:
         if call.theirs is UNKNOWN:
-            copies = [copy_of(member, Tensor.detach) for member in members]
-            with torch.no_grad():
-                call.theirs = snapshot(chain_of(chain, copies)(*snapshot(call.inputs)))
+            call.theirs = snapshot(_members_on(chain, members, snapshot(call.inputs)))
     calls = [call for call in calls if backward or not equal(call.output, call.theirs)]
     for call in calls:
         for found in differences(call.output, call.theirs):
@@ -62,6 +60,19 @@ def judge(
         return _judged(chain, members, calls, backward)
     except torch.OutOfMemoryError:
         return Judgement(problem="there is not enough memory for a copy of the modules in float64")
+
+
+def is_left_by(chain: Chain, members: Sequence[nn.Module], call: Call) -> bool:
+    """Whether members leave their inputs as the kernel left them."""
+    inputs = snapshot(call.inputs)
+    _members_on(chain, members, inputs)
+    return equal(inputs, call.left)
+
+
+def _members_on(chain: Chain, members: Sequence[nn.Module], inputs: list[Any]) -> Any:
+    copies = [copy_of(member, Tensor.detach) for member in members]
+    with torch.no_grad():
+        return chain_of(chain, copies)(*inputs)
 
 
 def _is_rounded(dtype: str) -> bool:
@@ -187,7 +198,6 @@ class _Runner:
         inputs: list[Any],
         call: Call,
     ) -> Values:
-        dtypes = {n: value.dtype for n, value in _floating(call.output, "output").items()}
         with torch.enable_grad():
             output, found = run_on_copies(function, members, self.chain.roles, inputs)
         tensors = _floating(output, "output", detach=False)
@@ -195,14 +205,8 @@ class _Runner:
         if not tensors:
             return {}
         names = [n for n in found if n in self.wanted or n.startswith("input ")]
-        generator = seeded()
-        seeds = [
-            # Rounded as for the kernel, whatever this run computes in.
-            torch.randn(value.shape, generator=generator, device="cpu")
-            .to(value.device, dtypes[name])
-            .to(value.dtype)
-            for name, value in tensors.items()
-        ]
+        cotangents = _cotangents(call)
+        seeds = [cotangents[name].to(value.dtype) for name, value in tensors.items()]
         gradients = torch.autograd.grad(
             list(tensors.values()), [found[name] for name in names], seeds, allow_unused=True
         )
@@ -213,9 +217,34 @@ class _Runner:
         }
 
 
+def _cotangents(call: Call) -> Values:
+    """What goes into the backward of a call: what arrived at its output in the model's own.
+
+    Where nothing did, as where no gradient depends on the output, numbers of size 1.
+    """
+    arrived = {
+        _name("output", path): _real(value)
+        for path, value in call.cotangents.items()
+        if value is not None
+    }
+    generator = seeded()
+    found = {}
+    for name, value in _floating(call.output, "output").items():
+        drawn = torch.randn(value.shape, generator=generator, device="cpu")
+        nothing = torch.zeros_like(value) if arrived else drawn.to(value.device, value.dtype)
+        here = arrived.get(name, nothing)
+        # A call that has another place in the other run may have another shape there.
+        found[name] = here if here.shape == value.shape else nothing
+    return found
+
+
+def _name(what: str, path: str) -> str:
+    return f"{what} {path}".strip()
+
+
 def _floating(value: Any, name: str, detach: bool = True) -> Values:
     found = {
-        f"{name} {leaf.path}".strip(): leaf.value.detach() if detach else leaf.value
+        _name(name, leaf.path): leaf.value.detach() if detach else leaf.value
         for leaf in leaves(value)
         if isinstance(leaf.value, Tensor)
     }

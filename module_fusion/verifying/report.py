@@ -76,7 +76,7 @@ class VerificationReport:
         gradients: the same of parameters and inputs, where asked for.
         groups: every chain: which path ran, how often, and how accurate the kernel was.
         first_difference: the first group, in the order of execution, whose output is not that
-            of the unfused run; None where all are.
+            of the unfused run, or whose kernel wrote to its input; None where there is none.
         problems: what breaks the promise, each in a sentence.
         notes: what a reader should know besides.
     """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -16,12 +17,23 @@ from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
-from .differences import USED_UP, Difference, between, combined, difference, differences
-from .judging import judge
+from .differences import combined, differences, is_unseen
+from .judging import is_left_by, judge
+from .outcomes import (
+    Ask,
+    Ran,
+    Result,
+    differing,
+    gradient_rows,
+    is_same,
+    left_behind,
+    output_rows,
+)
+from .remains import left_in, sums_of
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import Leaf, bits_of, fresh, frozen, is_plain, leaves, same_bits, tensors_in
-from .watching import Call, equal, following, noted, watched
+from .structures import fresh, frozen, leaves, tensors_in
+from .watching import WROTE, Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
     "the unfused model differs from itself: two runs from the same random state gave different "
@@ -40,104 +52,63 @@ _CHANGED = (
     "the parameter {!r} was changed by the runs and stays so: verify keeps no second copy of the "
     "weights. Load it again"
 )
+_UNTRACKED = "the kernel's output does not require a gradient where that of the modules does"
+_TRACKED = "the kernel's output requires a gradient where that of the modules does not"
 _T = TypeVar("_T")
-
-
-@dataclass
-class Ask:
-    """What to run: a method of a model on inputs, in a dtype."""
-
-    model: nn.Module
-    method: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    gradients: bool
-    dtype: torch.dtype | None
-
-    @property
-    def run(self) -> str | None:
-        """The name of the dtype, where one was asked for."""
-        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-
-
-@dataclass
-class Result:
-    """What was found in one dtype."""
-
-    outputs: list[Difference] = field(default_factory=list)
-    gradients: list[Difference] = field(default_factory=list)
-    groups: list[GroupVerification] = field(default_factory=list)
-    first: GroupVerification | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Ran:
-    """One run: its output, its inputs as it left them, and its gradients."""
-
-    output: list[Leaf]
-    given: list[Leaf]
-    gradients: dict[str, Tensor | None]
 
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
     """Run the model unfused and fused, and find out about every difference."""
     with nothing_left_behind(ask.model) as again:
-        at_first = _sums_of(ask.model.named_parameters())
+        at_first = sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
         check_has_values(ask.model, tensors_in([leaf.value for leaf in theirs.output]), "verify")
-        left_by_theirs = _left_in(ask.model)
-        written = [
-            name for name, value in at_first.items() if left_by_theirs.get(name, value) != value
-        ]
+        written = _changed_since(at_first, ask.model)
         again()
-        ours, calls = _run(ask, watched(found))
-        left_by_ours = _left_in(ask.model)
+        ours, calls = _run(ask, watched(found), is_measure=False)
         again()
-        result = Result(_outputs(ask, ours, theirs), _gradients(ours, theirs))
+        result = Result(output_rows(ask, ours, theirs), gradient_rows(ours, theirs))
         # Not how many: one that has ended gives its number to the next.
         in_threads = any(call.thread != get_ident() for call in calls)
         pairs = [] if in_threads else _pairs(calls, before)
         kernels = any(call.path == "kernel" for call in calls)
         rows = [*result.outputs, *result.gradients]
         same = not (kernels and in_threads)
-        same = same and all(d.equal for d in rows) and all(equal(c.output, b) for c, b in pairs)
-        result.problems += [
-            f"{name} is not as the unfused run left it: the fused run changed it in another way"
-            for name, value in left_by_theirs.items()
-            if left_by_ours.get(name) != value
-        ]
-        if found and not calls and not in_threads:
-            result.problems.append("none of the fused modules was called in this run")
-        for d in result.gradients:
-            if d.problem:
-                result.problems.append(f"the gradient of {d.name}: {d.problem}")
-        left_over: list[str] | None = None
+        same = same and all(d.equal or is_unseen(d) for d in rows)
+        same = same and all(equal(call.output, other) for call, other in pairs)
+        unseen = [d for d in result.outputs if is_unseen(d)]
+        result.notes += [f"{d.name}: {d.problem}" for d in unseen]
+        if same:
+            # Then nothing is known to have another value than it has in the unfused run.
+            result.outputs = [d for d in result.outputs if not is_unseen(d)]
+        followed = None
         if in_threads:
             result.notes.append(_THREADS)
         elif kernels and not same:
             with unfused(ask.model):
                 followed, _ = _run(ask, following(found, calls), gradients=False)
             again()
-            left_over = _left_over(ours, followed)
-            result.problems += left_over
-        if left_over != []:
-            # Else it follows from what the kernels returned, and those are judged by themselves.
-            result.problems += [f"{d.name}: {d.problem}" for d in result.outputs if d.problem]
-        if not kernels and not same and not result.problems:
-            result.problems.append(
-                "no kernel ran, and still the fused model gives other bits than the unfused one"
-            )
         for number, item in enumerate(found):
             mine = [call for call in calls if call.chain == number]
             judgement = _judgement(ask, item, mine, same)
             result.groups.append(_group(ask, item, mine, pairs, judgement))
-        first = next((call for call, other in pairs if not equal(call.output, other)), None)
-        result.first = None if first is None else result.groups[first.chain]
+        result.first = _first(result.groups, calls, pairs)
+        if found and not calls and not in_threads:
+            result.problems.append("none of the fused modules was called in this run")
+        rounded = in_threads and any(call.is_rounded() for call in calls)
+        result.problems += left_behind(ask.model, ours, theirs, followed, rounded)
+        result.problems += differing(result, ours, theirs, followed, rounded)
+        if not kernels and not same and not result.problems:
+            result.problems.append(
+                "no kernel ran, and still the fused model gives other bits than the unfused one"
+            )
         broken = [group for group in result.groups if group.problem]
-        result.problems += [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
+        told = [f"{' -> '.join(group.paths)}: {group.problem}" for group in broken]
+        # What a kernel wrote to is what others were given: the rest follows from it.
+        is_cause = [group.problem == WROTE for group in broken]
+        result.problems[:0] = list(compress(told, is_cause))
+        result.problems += compress(told, map(not_, is_cause))
         if written:
             # No two runs began alike, so there is nothing else to say.
             result.problems = [_WRITES.format(name) for name in written]
@@ -145,11 +116,9 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
             again()
             with unfused(ask.model):
                 once_more, _ = _run(ask, nullcontext())
-            if not _same(once_more, theirs):
+            if not is_same(once_more, theirs):
                 result.problems = [_ITSELF]
-        at_last = _sums_of(ask.model.named_parameters())
-        changed = [name for name, value in at_first.items() if at_last.get(name, value) != value]
-        result.notes += [_CHANGED.format(name) for name in changed]
+        result.notes += [_CHANGED.format(name) for name in _changed_since(at_first, ask.model)]
     if ask.run is not None:
         result.outputs = [d._replace(run=ask.run) for d in result.outputs]
         result.gradients = [d._replace(run=ask.run) for d in result.gradients]
@@ -157,31 +126,35 @@ def compare(ask: Ask, found: Sequence[Found]) -> Result:
     return result
 
 
-def _run(ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True) -> tuple[_Ran, _T]:
-    """Run the method once, on inputs of its own."""
+def _run(
+    ask: Ask, looking: AbstractContextManager[_T], gradients: bool = True, is_measure: bool = True
+) -> tuple[Ran, _T]:
+    """Run the method once, on inputs of its own; the measure has to have gradients."""
     args, kwargs = fresh((ask.args, ask.kwargs), ask.dtype)
     given = {"args": args, "kwargs": kwargs}
-    wanted = _wanted(ask.model, given) if ask.gradients and gradients else {}
+    gradients = gradients and ask.gradients
+    wanted = _wanted(ask.model, given) if gradients else {}
     call = ask.model if ask.method == "forward" else getattr(ask.model, ask.method)
     with looking as seen:
         output = call(*args, **kwargs)
-    found = _gradients_of(output, wanted) if ask.gradients and gradients else {}
-    # A model may return its own buffers, which are put back.
-    return _Ran(frozen(output), frozen(given), found), seen
-
-
-def _left_in(model: nn.Module) -> dict[str, Any]:
-    """What a run leaves behind besides its output: random state, and sums of bits."""
-    left: dict[str, Any] = {"the random state": torch.get_rng_state().tolist()}
-    return {**left, **_sums_of((*model.named_parameters(), *model.named_buffers()))}
-
-
-def _sums_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    return {
-        name: int(bits_of(tensor).sum(dtype=torch.int64))
-        for name, tensor in tensors
-        if is_plain(tensor) and not tensor.is_meta
+    left = left_in(ask.model)
+    changed: set[str] = set()
+    found: dict[str, Tensor | None] = {}
+    if gradients:
+        found = _gradients_of(output, wanted, is_measure)
+        changed = {name for name, value in left_in(ask.model).items() if left.get(name) != value}
+    tracked = {
+        leaf.path or "output"
+        for leaf in leaves(output)
+        if isinstance(leaf.value, Tensor) and leaf.value.requires_grad
     }
+    # A model may return its own buffers, which are put back.
+    return Ran(frozen(output), frozen(given), found, left, changed, tracked), seen
+
+
+def _changed_since(before: dict[str, int], model: nn.Module) -> list[str]:
+    now = sums_of(model.named_parameters())
+    return [name for name, value in before.items() if now.get(name, value) != value]
 
 
 def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
@@ -192,13 +165,17 @@ def _wanted(model: nn.Module, given: Any) -> dict[str, Tensor]:
     return wanted
 
 
-def _gradients_of(output: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def _gradients_of(
+    output: Any, wanted: dict[str, Tensor], is_measure: bool
+) -> dict[str, Tensor | None]:
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
         tensors = [loss]
     else:
         values = [leaf.value for leaf in leaves(output)]
         tensors = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    if not tensors and not is_measure:
+        return dict.fromkeys(wanted)
     if not tensors or not wanted:
         raise FusionError(
             "verify(..., gradients=True) found no gradient to compare: no parameter and no input "
@@ -216,65 +193,36 @@ def _gradients_of(output: Any, wanted: dict[str, Tensor]) -> dict[str, Tensor | 
     return dict(zip(wanted, found, strict=True))
 
 
-def _outputs(ask: Ask, ours: _Ran, theirs: _Ran) -> list[Difference]:
-    """The differences of outputs, and of inputs that the runs changed."""
-    found = between(ours.output, theirs.output)
-    untouched = {leaf.path: leaf.value for leaf in leaves({"args": ask.args, "kwargs": ask.kwargs})}
-    for d in between(ours.given, theirs.given):
-        value = untouched.get(d.name)
-        if isinstance(value, Tensor) and value.is_floating_point() and ask.dtype is not None:
-            value = value.to(ask.dtype)
-        after = next((leaf.value for leaf in theirs.given if leaf.path == d.name), None)
-        is_same = (
-            isinstance(value, Tensor) and isinstance(after, Tensor) and same_bits(value, after)
-        )
-        if not d.equal or not is_same:
-            found.append(d)
-    return found
-
-
-def _gradients(ours: _Ran, theirs: _Ran) -> list[Difference]:
-    found = []
-    for name, theirs_ in theirs.gradients.items():
-        ours_ = ours.gradients[name]
-        if ours_ is not None and theirs_ is not None:
-            found.append(difference(ours_, theirs_, name, strides=False))
-        elif ours_ is not None or theirs_ is not None:
-            where = "unfused" if ours_ is None else "fused"
-            problem = f"only the {where} run has a gradient"
-            found.append(Difference(name, equal=False, problem=problem))
-    return found
-
-
-def _same(ours: _Ran, theirs: _Ran) -> bool:
-    rows = [*between(ours.output, theirs.output), *_gradients(ours, theirs)]
-    return all(d.equal or str(d.problem).endswith(USED_UP) for d in rows)
-
-
-def _left_over(ours: _Ran, followed: _Ran) -> list[str]:
-    """What differs from the unfused model even with the kernels' outputs in their places."""
-    rows = [*between(ours.output, followed.output), *between(ours.given, followed.given)]
-    return [
-        f"{d.name}: differs in another place than the kernels' outputs; with those in their "
-        f"places the unfused model gives other bits"
-        for d in rows
-        if not d.equal
-    ][:1]
-
-
-def _pairs(calls: Sequence[Call], before: dict[int, list[Any]]) -> list[tuple[Call, Any]]:
+def _pairs(calls: Sequence[Call], before: dict[int, list[Returned]]) -> list[tuple[Call, Any]]:
     """Calls in the fused run and the outputs in their places in the unfused one."""
-    outputs = {number: iter(values) for number, values in before.items()}
+    returned = {number: iter(values) for number, values in before.items()}
     pairs = []
     for call in calls:
-        for output in outputs[call.chain]:
+        for output, cotangents in returned[call.chain]:
+            ours, theirs = call.cotangents.keys(), cotangents.keys()
+            if call.path == "kernel" and ours != theirs:
+                call.problem = _TRACKED if ours > theirs else _UNTRACKED
+            # A wrong kernel brings wrong ones to those before it.
+            call.cotangents = cotangents
             pairs.append((call, output))
             break
     return pairs
 
 
+def _first(
+    groups: Sequence[GroupVerification], calls: Sequence[Call], pairs: Sequence[tuple[Call, Any]]
+) -> GroupVerification | None:
+    """The group of the first call that gives others something else than the modules do."""
+    unlike = {id(call) for call, output in pairs if not equal(call.output, output)}
+    found = (c.chain for c in calls if id(c) in unlike or c.problem == WROTE)
+    return next((groups[number] for number in found), None)
+
+
 def _judgement(ask: Ask, found: Found, calls: Sequence[Call], same: bool) -> Judgement:
     ran = [call for call in calls if call.path == "kernel"]
+    for call in ran:
+        if call.left is not None and not is_left_by(found.chain, members_of(found), call):
+            call.problem = WROTE
     if same:
         for call in ran:
             call.theirs = call.output

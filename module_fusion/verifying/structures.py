@@ -7,6 +7,7 @@ caches without knowing one of them by name.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sized, ValuesView
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -70,6 +71,14 @@ def _is_array_of_objects(value: Any) -> bool:
     return bool(getattr(getattr(value, "dtype", None), "hasobject", False))
 
 
+def _is_array_of_a_class(value: Any) -> bool:
+    """Whether it is an array of NumPy of a class of its own, such as a masked one."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or type(value) is numpy.ndarray:
+        return False
+    return isinstance(value, numpy.ndarray)
+
+
 def _parts(value: Any) -> list[tuple[Any, Any]] | None:
     """The named parts of a container or object, None for a leaf."""
     if isinstance(value, Tensor) and value.is_nested:
@@ -80,6 +89,10 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
         return list(enumerate(value.ravel().tolist()))
     if isinstance(value, _OPAQUE):
         return None
+    if _is_array_of_a_class(value):
+        mask = getattr(value, "mask", None)
+        array: Any = sys.modules["numpy"].ndarray
+        return [("data", value.view(array)), *([] if mask is None else [("mask", mask)])]
     if isinstance(value, Mapping):
         return [(key, value[key]) for key in value]
     if isinstance(value, (KeysView, ValuesView, ItemsView, deque)):
@@ -108,6 +121,8 @@ def frozen(value: Any) -> list[Leaf]:
 
 
 def _kept(value: Any) -> Any:
+    if isinstance(value, memoryview):
+        return memoryview(value.tobytes())
     is_memory = isinstance(value, bytearray) or hasattr(value, "tobytes")
     return copy.copy(value) if is_memory else snapshot(value)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..spec import External
 from .structures import leaves, same_bits, snapshot, strides_of
 
 UNKNOWN = object()
+WROTE = "the kernel wrote to its input"
 
 
 @dataclass
@@ -35,7 +36,10 @@ class Call:
         theirs: what the members return in its place, where the kernel ran and that is known.
         grad: whether gradients were recorded.
         thread: which thread called.
-        problem: what else differs at this call in a run that follows this one.
+        cotangents: what arrived in a backward of the run at the output's tensors that require a
+            gradient, by their places in it; None where nothing did.
+        left: the inputs as the kernel left them, where it changed them.
+        problem: what else differs at this call.
     """
 
     chain: int
@@ -46,7 +50,13 @@ class Call:
     theirs: Any = UNKNOWN
     grad: bool = False
     thread: int = 0
+    cotangents: dict[str, Tensor | None] = field(default_factory=dict)
+    left: list[Any] | None = None
     problem: str | None = None
+
+    def is_rounded(self) -> bool:
+        """Whether the kernel gave other bits than the members do."""
+        return self.path == "kernel" and not equal(self.output, self.theirs)
 
 
 @contextmanager
@@ -70,7 +80,10 @@ def _chain_watched(chain: Chain, local: threading.local) -> Iterator[None]:
     def run_kernel(self: Chain, inputs: list[Any]) -> Any:
         call = local.calls[-1]
         call.path, call.inputs = "kernel", [snapshot(value) for value in inputs]
-        return Chain.run_kernel(self, inputs)
+        output = Chain.run_kernel(self, inputs)
+        if not equal(call.inputs, inputs):
+            call.left = [snapshot(value) for value in inputs]
+        return output
 
     def count_members_run(self: Chain, reason: str | None = None) -> None:
         Chain.count_members_run(self, reason)
@@ -102,6 +115,7 @@ def _member_watched(
         # Without a path it was called by a kernel, as itself.
         if call.path is not None:
             call.output = snapshot(output)
+            call.cotangents = arriving_at(output)
             calls.append(call)
         return output
 
@@ -121,15 +135,36 @@ def _member_watched(
             object.__setattr__(module, "__class__", base)
 
 
+def arriving_at(output: Any) -> dict[str, Tensor | None]:
+    """What a backward brings to the tensors that require it; filled once there is one."""
+    arrived: dict[str, Tensor | None] = {}
+    for leaf in leaves(output):
+        if isinstance(leaf.value, Tensor) and leaf.value.requires_grad:
+
+            def keep(gradient: Tensor, path: str = leaf.path) -> None:
+                arrived[path] = snapshot(gradient)
+
+            arrived[leaf.path] = None
+            leaf.value.register_hook(keep)  # type: ignore[no-untyped-call]
+    return arrived
+
+
+class Returned(NamedTuple):
+    """What the last member of a chain returned in the unfused run, and what came back to it."""
+
+    output: Any
+    cotangents: dict[str, Tensor | None]
+
+
 @contextmanager
-def noted(found: Sequence[Found]) -> Iterator[dict[int, list[Any]]]:
+def noted(found: Sequence[Found]) -> Iterator[dict[int, list[Returned]]]:
     """Inside, what the last member of each chain returns is noted; for unfused models."""
-    outputs: dict[int, list[Any]] = {number: [] for number in range(len(found))}
+    outputs: dict[int, list[Returned]] = {number: [] for number in range(len(found))}
     with ExitStack() as stack:
         for number, item in enumerate(found):
 
             def note(module: Any, args: Any, output: Any, number: int = number) -> None:
-                outputs[number].append(snapshot(output))
+                outputs[number].append(Returned(snapshot(output), arriving_at(output)))
 
             stack.callback(item.last.register_forward_hook(note).remove)
         yield outputs
