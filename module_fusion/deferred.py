@@ -424,10 +424,10 @@ def holds_deferred(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def holds_none(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call was given None, by itself or in a tuple."""
-    for value in args:
+    for value in [*args, *[kwargs[name] for name in kwargs]]:
         if value is None or (type(value) is tuple and holds_none(value, {})):
             return True
-    return bool(kwargs) and holds_none(tuple([kwargs[name] for name in kwargs]), {})
+    return False
 
 
 def _note(value: Any, tensors: list[Tensor]) -> None:

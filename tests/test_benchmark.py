@@ -441,8 +441,9 @@ def test_a_generate_that_returns_new_tokens_alone_writes_all_of_them(fused_model
         def generate(self, input_ids: Tensor) -> Tensor:
             return 50 + self.model(self.embed(input_ids)).argmax(-1)[:, :3]
 
-    ids = torch.randint(0, 50, (2, 9))
-    found = benchmark(Writer(), ids, method="generate", **QUICK)
+    device = fused_model.layers[0].norm.weight.device
+    ids = torch.randint(0, 50, (2, 9), device=device)
+    found = benchmark(Writer().to(device), ids, method="generate", **QUICK)
     assert found["fused"].tokens_per_second == 2 * 3 / found["fused"].median_s
 
 

@@ -495,7 +495,7 @@ def _freeze(norm: nn.Module, mlp: nn.Module) -> None:
 
 def _backward(norm: nn.Module, mlp: nn.Module) -> None:
     with torch.enable_grad():
-        norm(torch.ones(1, 8)).sum().backward()
+        norm(torch.ones(1, 8, device=norm.weight.device)).sum().backward()
 
 
 def _hook(norm: nn.Module, mlp: nn.Module) -> None:
@@ -523,7 +523,8 @@ def test_what_a_kernel_does_to_weights_when_it_is_prepared_is_told_and_undone(
 
     setattr(Writing.forward, "prepare", prepare)
     if has_gradients:
-        model(torch.randn(2, 8)).sum().backward()
+        device = model.layers[0].norm.weight.device
+        model(torch.randn(2, 8, device=device)).sum().backward()
 
     def state() -> Any:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,16 @@ def fuse(block: nn.Module, kernel: type[nn.Module], specs: Any = None) -> nn.Mod
     return model
 
 
+def error_of(call: Callable[[], Any]) -> str:
+    """The text of the error. Of the error itself nothing is kept: it holds a checkpoint open."""
+    try:
+        call()
+    except DeferredUseError as error:
+        text = str(error)
+    gc.collect()
+    return text
+
+
 PLACES: dict[str, Callable[[Any], Part]] = {
     "around the block": lambda block: lambda x: checkpoint(block, x, use_reentrant=False),
     "in its forward": lambda block: block,
@@ -169,8 +180,9 @@ def test_beside_compiled_code_in_a_checkpoint_gradients_are_right_or_an_error_sa
     model = fuse(block, members_kernel(1))
     if after:
         block.gate[0].compile(backend="eager")
-        with pytest.raises(DeferredUseError, match="went into compiled code in a checkpoint"):
-            gradients(run, block, x)
+        assert "went into compiled code in a checkpoint" in error_of(
+            lambda: gradients(run, block, x)
+        )
     for _ in range(2):
         assert_close(gradients(run, block, x), expected)
     text = "goes into compiled code" if after else "a compiled Sequential may get a captured output"
