@@ -89,11 +89,9 @@ def _items(value: Any) -> Step | None:
         return partial(_put_entries_back, value, list(value.items()))
     if type(value) in (list, set, deque):
         return partial(_put_items_back, value, list(value))
-    return (
-        partial(_put_entries_back, vars(value), list(vars(value).items()))
-        if (_is_followed(value))
-        else None
-    )
+    if _is_followed(value):
+        return partial(_put_entries_back, vars(value), list(vars(value).items()))
+    return None
 
 
 def _put_entries_back(owner: dict[Any, Any], before: list[tuple[Any, Any]]) -> None:

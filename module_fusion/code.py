@@ -166,10 +166,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module, and of it alone, go through `torch.compile`."""
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        return True
-    return module._compiled_call_impl is not None
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _has_a_way_of_its_own(cls: Any) -> bool:

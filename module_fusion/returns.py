@@ -7,6 +7,7 @@ it be known before the call how many values it is, unless every `return` spells 
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from types import FunctionType
@@ -107,20 +108,13 @@ def _variable_may_be_none(
     if name in seen:
         return False
     seen.add(name)
-    return _default_is_none(function, name) or any(
+    parameter = inspect.signature(function, follow_wrapped=False).parameters.get(name)
+    return (parameter is not None and parameter.default is None) or any(
         _may_be_none(steps, source, function, seen)
         for index, step in enumerate(steps)
         if step.name == "STORE_FAST" and step.value == name
         for source in _sources(steps, index)
     )
-
-
-def _default_is_none(function: FunctionType, name: str) -> bool:
-    code, defaults = function.__code__, function.__defaults__ or ()
-    positional = code.co_varnames[: code.co_argcount]
-    known = dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
-    known.update(function.__kwdefaults__ or {})
-    return name in known and known[name] is None
 
 
 def _sources(steps: list[_Step], index: int) -> list[int]:

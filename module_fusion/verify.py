@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .code import is_compiled
 from .comparison import check_not_ambiguous, counts_kept
 from .context import check_not_fake
 from .errors import FusionError
@@ -161,7 +162,4 @@ def _eagerly(gradients: bool) -> Iterator[None]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        for module in modules_in(model)
-    )
+    return any(map(is_compiled, modules_in(model)))

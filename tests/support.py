@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,21 @@ def mapped(**layers: type[nn.Module]) -> Iterator[None]:
         inherit_mapping=False,
     ):
         yield
+
+
+def passing(change: Callable[[Tensor], Tensor]) -> type[torch.autograd.Function]:
+    """Passes its input on, and a change of the gradient that arrives."""
+
+    class Passing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return change(gradient)
+
+    return Passing
 
 
 def members_kernel(inputs: int) -> type[nn.Module]:

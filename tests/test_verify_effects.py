@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from support import PATHS, Model, WeightKernel, mapped
+from support import PATHS, Model, WeightKernel, mapped, passing
 from torch import Tensor, nn
 
 from module_fusion import (
@@ -188,20 +188,14 @@ def test_what_does_not_follow_from_a_judged_kernel_is_found_next_to_what_does(
     assert [text.split(" is not")[0] for text in found.problems] == [what]
 
 
-class Drawing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        torch.rand(1)
-        return gradient
+def drawn_beside(gradient: Tensor) -> Tensor:
+    torch.rand(1)
+    return gradient
 
 
 class DrawsInBackward(WeightKernel):
     def forward(self, x: Tensor) -> Tensor:
-        return Drawing.apply(MoreExact.forward(self, x))
+        return passing(drawn_beside).apply(MoreExact.forward(self, x))
 
 
 def test_what_the_backward_of_a_kernel_leaves_behind_is_a_failure(model: Model, x: Tensor):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support import PATHS, Model, WeightKernel, mapped
+from support import PATHS, Model, WeightKernel, mapped, passing
 from torch import Tensor, nn
 
 from module_fusion import fuse_modules, verify
@@ -18,18 +17,11 @@ from module_fusion.verifying import judging
 def kernel_with(change: Callable[[Tensor], Tensor]) -> type[nn.Module]:
     """The members' bits forward, and a change of the gradient that arrives."""
 
-    class Changed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, y: Tensor) -> Tensor:
-            return y.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-            return change(gradient)
+    changed = passing(change)
 
     class Kernel(WeightKernel):
         def forward(self, x: Tensor) -> Tensor:
-            return Changed.apply(WeightKernel.forward(self, x))
+            return changed.apply(WeightKernel.forward(self, x))
 
     return Kernel
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..code import is_compiled
 from ..comparison import unfused
 from ..errors import FusionError, NotFusableError, needed
 from ..inventory import modules_in
@@ -111,7 +112,7 @@ def _fused_compiled(model: nn.Module, options: Mapping[str, Any]) -> Candidate:
 def check_not_compiled(model: nn.Module) -> None:
     """A model that is compiled already has no eager run to compare with."""
     for module in modules_in(model):
-        if hasattr(module, "_orig_mod") or module.__dict__.get(_COMPILED) is not None:
+        if is_compiled(module):
             raise FusionError(
                 f"{type(module).__name__} is compiled already, so its eager time cannot be "
                 f"measured. Give the model as it was before torch.compile, and ask for "
