@@ -12,10 +12,12 @@ from .reference import Options, Weights, activate, gate_and_up
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: str) -> Tensor:
     """RMSNorm of `x`, `(..., hidden)`, in fewer operations than the modules take.
 
-    `F.rms_norm` is called in float32 and mostly without the weight, because where it rounds
-    half precision differs between devices and versions of torch.
+    `F.rms_norm` is called in float32, and without a weight that half precision is multiplied by,
+    because where it rounds half precision differs between devices and versions of torch.
     """
     shape = x.shape[-1:]
+    if x.dtype == torch.float32 and norm != "one_plus":
+        return F.rms_norm(x, shape, weight, eps)
     if weight is None:
         return F.rms_norm(x.float(), shape, None, eps).to(x.dtype)
     if norm == "early":
