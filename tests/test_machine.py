@@ -50,7 +50,9 @@ class Machine(Steps):
     @initialize(case=cases())
     def start(self, case: Case) -> None:
         type(self).examples += 1
-        self.case, self.twins = case, Twins(case)
+        # With a kernel such gradients may be summed in another order: without one or the other.
+        self.without_gradients = case.sums_gradients and case.with_kernel
+        self.case, self.twins = case, Twins(case, not self.without_gradients)
         self.never_fused = structure(self.ours)
         self.probes = case.seed
         self.new_optimizer(False)
@@ -107,8 +109,8 @@ class Machine(Steps):
         self.fuse_by_family(True)
 
     def kernel(self, kind: str | None, paths: dict[str, str], specs: Any) -> str | None:
-        if self.case.sums_gradients and kind is not None:
-            kind = "NoBackward"  # The gradient of such a value may be summed in another order.
+        if self.case.sums_gradients and not self.without_gradients:
+            return None
         count = inputs_of(self.ours, paths, specs)
         return kind and f"{kind}{count}"
 

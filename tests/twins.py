@@ -109,14 +109,18 @@ class Side:
 class Twins:
     """`ours` may be fused, `twin` never is; every step is taken by both and compared."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, gradients: bool = True) -> None:
+        self.case, self.gradients = case, gradients
         torch.manual_seed(case.seed)
         model = Mixed(case.build()).eval()
         self.ours, self.twin = Side(copy.deepcopy(model)), Side(model)
 
     def both(self, step: Callable[[Side], Any]) -> bool:
         """Take a step with both; whether it went well. Both fail with the same error or none."""
+        with torch.set_grad_enabled(self.gradients):
+            return self._both(step)
+
+    def _both(self, step: Callable[[Side], Any]) -> bool:
         before = torch.get_rng_state()
         wanted = outcome(self.twin, step)
         torch.set_rng_state(before)
