@@ -570,3 +570,23 @@ def test_an_object_that_holds_itself_is_looked_into_once() -> None:
     assert same_bits(flat(first), flat(second))
     second.again = Holder(a)
     assert not same_bits(flat(first), flat(second))
+
+
+def test_rows_know_the_sources_that_their_checks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("module_fusion/chain.py", "module_fusion/verify.py", "benchmarks/zoo/check.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert all((sources.ROOT / other).exists() for other in sources.OTHERS)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+
+    def after(name: str) -> str:
+        (tmp_path / name).write_text(f"# {name}")
+        return sources.digest.__wrapped__()
+
+    before = sources.digest.__wrapped__()
+    assert after("module_fusion/verify.py") == before
+    changed = after("module_fusion/chain.py")
+    assert changed != before
+    assert after("benchmarks/zoo/check.py") not in (before, changed)
