@@ -39,7 +39,9 @@ Random steps on random models: fusing and unfusing, forward and backward, optimi
 adapters, parametrizations, dtypes, copies, pickles, state dicts, threads, exceptions. After every
 step the fused model and its never-fused twin are equal to the bit, and after the last unfuse
 nothing tells them apart (`tests/test_machine.py`). "On a kernel" counts forwards in which a kernel
-ran at least once. Made by `python benchmarks/fuzz.py`.
+ran at least once. Where gradients may be summed in another order, because a value is used or a
+member called more than once, an example has a kernel or gradients, not both. Made by
+`python benchmarks/fuzz.py`.
 
 """
 COLUMNS = (

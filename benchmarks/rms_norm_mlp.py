@@ -240,25 +240,44 @@ def training(shapes: list[str], rounds: int) -> None:
     print_table(header, rows, align=">")
 
 
+def one_after_the_other(norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = mlp(norm(x))
+    return output
+
+
 def on_cpu(tokens: list[int], rounds: int) -> None:
     torch.set_num_threads(1)
     rows = []
-    header: tuple[str, ...] = ()
     for dtype in (torch.float32, torch.bfloat16):
         for shape, (hidden, intermediate) in CPU_SHAPES.items():
             stacks = variants(stack_of(hidden, intermediate, 2, "cpu", dtype), "cpu")
-            header = ("dtype", "shape", "M", *stacks, "ours / members")
+            block, fused_block = (stack.blocks[0] for stack in stacks.values())
+            kernel = fused_block.mlp.fused_kernel
             for count in tokens:
                 x = torch.randn(count, hidden, dtype=dtype)
+                functions = {
+                    "members": partial(one_after_the_other, block.norm, block.mlp, x),
+                    "kernel": partial(kernel, x),
+                    "model": partial(stacks["members"], x),
+                    "fused model": partial(stacks["ours"], x),
+                }
                 with torch.no_grad():
                     check(stacks, x)
                     timed = {
-                        n: partial(wall_time, partial(s, x), 5, lambda: None)
-                        for n, s in stacks.items()
+                        n: partial(wall_time, f, 20, lambda: None) for n, f in functions.items()
                     }
-                    label = (f"{dtype}".removeprefix("torch."), shape, f"{count}")
-                    rows.append(row(label, in_turn(timed, rounds), 2))
-    print("\nForward on the CPU, µs per block\n")
+                    times = in_turn(timed, rounds)
+                values = list(times.values())
+                ratios = values[1] / values[0], values[3] / values[2]
+                label = (f"{dtype}".removeprefix("torch."), shape, f"{count}")
+                rows.append(
+                    (*label, *(f"{v:.1f}" for v in values), *(f"{ratio:.3f}" for ratio in ratios))
+                )
+    print(
+        "\nForward on the CPU, µs: the kernel against the members it stands for, and a model of two"
+    )
+    print("blocks, fused and not, the cost of the captured calls included\n")
+    header = ("dtype", "shape", "M", *functions, "kernel / members", "fused / model")
     print_table(header, rows, align=">")
 
 
