@@ -52,7 +52,9 @@ def _plan(model: nn.Module, options: argparse.Namespace) -> int:
 def _verify(model: nn.Module, options: argparse.Namespace) -> int:
     inputs = _checked(_inputs(model, options), verify, options)
     _fuse(model, options)
-    result = verify(model, gradients=options.gradients, **_call(options), **inputs)
+    # A kernel without a backward runs where no gradients are recorded alone.
+    with torch.set_grad_enabled(options.gradients):
+        result = verify(model, gradients=options.gradients, **_call(options), **inputs)
     _show(result, options)
     return 0 if result.passed else 1
 

@@ -50,7 +50,8 @@ def verify(
     outputs of all fused groups, and for one group at a time in float64.
 
     A model that draws random numbers draws the same ones in both runs. Compiled modules run in
-    eager mode.
+    eager mode. Gradients are recorded where the caller records them: a kernel without a backward
+    is checked under `torch.no_grad()` alone, and the report says where it was not.
 
     Args:
         model: a model with fused modules.

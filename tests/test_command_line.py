@@ -109,6 +109,26 @@ def test_verify_exits_with_1_where_a_kernel_is_wrong(
     assert "FAILED" in capsys.readouterr().out
 
 
+class OfNoGradient(WrongRMSNormMLP):
+    has_backward = False
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 1), (["--gradients"], 0)])
+def test_verify_records_gradients_only_where_they_are_compared(
+    checkpoint: str,
+    more: list[str],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from module_fusion.families import certificate
+
+    monkeypatch.setattr(certificate.Certificates, "of", lambda *_: None)
+    with use_kernel_mapping({"RMSNormMLP": {"cpu": InMemoryRepository(OfNoGradient)}}):
+        assert main(["verify", checkpoint, "--device", "cpu", *more]) == code
+    assert ("NOT CHECKED" in capsys.readouterr().out) == bool(more)
+
+
 def test_bench_measures_fused_and_unfused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", config, "--json", "--device", "cpu", "--seconds", "0.1"]
     assert main([*arguments, "--tokens", "8", "--batch", "2"]) == 0

@@ -17,6 +17,7 @@ from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
+from ..seat import NEEDS_GRADIENTS
 from .differences import combined, differences, is_unseen
 from .judging import is_left_by, judge
 from .outcomes import (
@@ -240,6 +241,7 @@ def _group(
     judgement: Judgement,
 ) -> GroupVerification:
     paths = {call.path for call in calls}
+    reasons = [call.reason for call in calls if call.reason]
     rows = [
         d
         for call, other in pairs
@@ -252,10 +254,15 @@ def _group(
         path="both" if len(paths) > 1 else str(next(iter(paths), "nothing")),
         kernel_calls=sum(call.path == "kernel" for call in calls),
         member_calls=sum(call.path == "members" for call in calls),
-        reason=next((call.reason for call in reversed(calls) if call.reason), None),
+        reason=reasons[-1] if reasons else None,
         difference=combined(rows, "output") if rows else None,
         kernel_error=judgement.kernel_error,
         member_error=judgement.member_error,
         problem=next((call.problem for call in calls if call.problem), judgement.problem),
         run=ask.run,
+        unchecked="kernel" not in paths and any(map(_is_for_gradients, reasons)),
     )
+
+
+def _is_for_gradients(reason: str) -> bool:
+    return reason.startswith(NEEDS_GRADIENTS)
