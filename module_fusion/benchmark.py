@@ -66,6 +66,10 @@ def benchmark(
     call, or several where a call is quicker than a clock can tell. `forward` alone runs without
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
 
+    So rounds are the same work, also with a cache that a call extends. State that is out of reach,
+    as in an object of C code, is not put back; where two calls of the warm-up differ, a note says
+    so.
+
     The model is left as it was: classes, buffers, gradients, random state, and the counts in
     `report(model)`; so is what Python attributes hold, as deep as a cache goes. Parameters that
     the model writes to when it is called are not put back, nor are CUDA's peak memory statistics.
@@ -135,7 +139,7 @@ def benchmark(
     workload = Workload(model, method, backward, args, kwargs)
     stopwatch = Stopwatch(devices_of(model, workload.tensors))
     with ExitStack() as stack:
-        put_back = stack.enter_context(nothing_left_behind(model))
+        put_back = stack.enter_context(nothing_left_behind(model, *workload.modules))
         stack.enter_context(counts_kept(found))
         bar = stack.enter_context(Progress(progress))
         stack.enter_context(torch.set_grad_enabled(backward))

@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,13 @@ import torch
 from structure import structure
 from support import PATHS, Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from module_fusion import (
     BenchmarkReport,
@@ -547,6 +553,96 @@ def test_every_timed_call_starts_from_the_same_state_on_inputs_of_its_own():
     assert len(model.drawn) > 12
     assert cache == []
     assert x.eq(0).all()
+
+
+class _Attending(nn.Module):
+    """A language model that notes how much is in the cache it is given, and then extends it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.lengths = array.array("q")
+
+    def forward(self, ids: Tensor, cache: Any) -> Any:
+        self.lengths.append(int(cache.get_seq_length()))
+        return self.model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("filled", [0, 5])
+def test_a_cache_that_is_given_is_as_long_at_every_call(filled: int):
+    model, cache = _causal(), DynamicCache()
+    if filled:
+        model(torch.ones(1, filled, dtype=torch.long), past_key_values=cache)
+    attending = _Attending(model)
+    found = benchmark(attending, torch.ones(1, 3, dtype=torch.long), cache=cache, **QUICK)
+    assert len(attending.lengths) > 2 * found.rounds
+    assert set(attending.lengths) == {filled}
+    assert cache.get_seq_length() == filled
+    assert "other work" not in str(found)
+
+
+class _Collecting(nn.Module):
+    """Keeps what it was given, in a place of its own, and returns all of it."""
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.kept = [] if kept is None else kept
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.kept.append(x)
+        return torch.cat(list(self.kept))
+
+
+class _Before(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, before: nn.Module) -> Tensor:
+        return self.model(before(x))
+
+
+def test_a_module_among_the_inputs_is_put_back_too(fused_model: Model, device: str):
+    given, x = _Collecting(), torch.ones(2, 8, device=device)
+    found = benchmark(_Before(fused_model), x, given, **QUICK)
+    assert "other work" not in str(found)
+    assert verify(_Before(fused_model), x, given).passed
+    assert (len(given.kept), int(given.count)) == (0, 0)
+
+
+class _OutOfReach:
+    """Nothing of it is in a `__dict__`."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Tensor] = []
+
+    def append(self, x: Tensor) -> None:
+        self.items.append(x)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("grows", ["shapes", "values"])
+def test_work_that_grows_from_call_to_call_is_said(fused_model: Model, device: str, grows: str):
+    collecting = _Collecting(_OutOfReach())
+    model = nn.Sequential(collecting, fused_model)
+    if grows == "values":
+        model.append(_Summed())
+    found = benchmark(model, torch.ones(2, 8, device=device), **QUICK)
+    assert len(collecting.kept.items) > found.rounds
+    assert all("so rounds may be other work" in row.note for row in found.rows)
+    for said in (str(found), found.to_markdown(), found._repr_html_(), str(found.to_dict())):
+        assert "so rounds may be other work" in said
+
+
+class _Summed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0)
 
 
 def test_a_module_among_the_inputs_is_not_copied(fused_model: Model, x: Tensor):

@@ -33,7 +33,7 @@ from .outcomes import (
 from .remains import left_in, sums_of
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import fresh, frozen, leaves, tensors_in
+from .structures import fresh, frozen, leaves, modules_given, tensors_in
 from .watching import WROTE, Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
@@ -60,7 +60,8 @@ _T = TypeVar("_T")
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
     """Run the model unfused and fused, and find out about every difference."""
-    with nothing_left_behind(ask.model) as again:
+    given = modules_given((ask.args, ask.kwargs))
+    with nothing_left_behind(ask.model, *given) as again:
         at_first = sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))

@@ -133,6 +133,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     return list(found.values())
 
 
+def modules_given(value: Any) -> list[nn.Module]:
+    """The modules among inputs, each once; copies of the inputs have the very same ones."""
+    found = {id(v.value): v.value for v in leaves(value) if isinstance(v.value, nn.Module)}
+    return list(found.values())
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal in every bit: NaN by payload, 0.0 apart from -0.0."""
     if a.is_nested or b.is_nested:
