@@ -58,8 +58,11 @@ def benchmark(
     the machine falls on all of them. The ratio is the median of the rounds' own ratios, because
     what two calls a moment apart have in common, such as a clock frequency, cancels in it; a
     ratio of two medians keeps it. Intervals come from order statistics: they assume nothing
-    about the distribution, only that rounds are alike. When to stop depends on their width
-    alone, not on where they lie.
+    about the distribution, only that rounds are alike and know nothing of each other. Of ratios
+    that is so where what lasts for several rounds, such as a clock frequency or the load of the
+    machine, slows both down alike. The times by themselves keep it, so while a machine drifts
+    their intervals are too narrow; rely on that of the ratio. When to stop depends on the width
+    alone, not on where an interval lies.
 
     Every call has a fresh copy of the inputs, and every sample starts from the same random state
     and buffers; copying, swapping, compiling and warming up are outside the clock. A sample is one

@@ -36,6 +36,7 @@ from module_fusion import (
     benchmark,
     fuse_modules,
     report,
+    unfuse_modules,
     verify,
 )
 from module_fusion.benchmarking import timing
@@ -166,6 +167,69 @@ def test_it_agrees_with_an_independent_timing_of_the_same_calls(monkeypatch: pyt
         low, high = found[name].interval_s
         assert low < statistics.median(times) < high
         assert found[name].median_s == pytest.approx(statistics.median(times), rel=0.05)
+
+
+def _wait(seconds: float) -> None:
+    """Until a moment on the clock: who mostly sleeps is not made longer by what else runs."""
+    end = time.perf_counter() + seconds
+    time.sleep(seconds - 3e-4)
+    while time.perf_counter() < end:
+        pass
+
+
+def _timed(model: nn.Module, x: Tensor, calls: int) -> float:
+    """The median time of a call, in a loop of its own."""
+    times = []
+    with torch.no_grad():
+        for _ in range(calls):
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@pytest.mark.parametrize("kernel_s", [3e-3, 12e-3])
+def test_it_agrees_with_a_run_of_its_own_of_work_whose_ratio_is_known(
+    monkeypatch: pytest.MonkeyPatch, kernel_s: float
+):
+    jitter, members_s = random.Random(0), 6e-3
+
+    def spend(seconds: float) -> None:
+        _wait(seconds * jitter.uniform(0.9, 1.1))
+
+    model = _costing(monkeypatch, lambda: spend(members_s), lambda: spend(kernel_s))
+    x = torch.randn(2, 3, 8)
+    found = benchmark(model, x, seconds=1.0, precision=0.0, confidence=0.999, progress=False)
+    row = found["fused"]
+    assert row.kernel_calls == found.rounds
+    fused_s = _timed(model, x, 60)
+    unfuse_modules(model)
+    unfused_s = _timed(model, x, 60)
+    low, high = row.ratio_interval
+    assert low < fused_s / unfused_s < high
+    # The rest of the model, a few per cent, takes the same time in both.
+    assert low < kernel_s / members_s * 1.05
+    assert high > kernel_s / members_s * 0.95
+    assert not low < 1 < high
+
+
+def test_what_rounds_have_in_common_with_the_next_leaves_the_ratios_interval_right():
+    draw, confidence, held, held_apart = random.Random(2), 0.95, 0, 0
+    for _ in range(400):
+        ours, theirs, speed = [], [], 0.0
+        for _ in range(40):
+            # The machine's speed wanders: what a round has, the next has nearly too.
+            speed = 0.98 * speed + draw.gauss(0, 0.1)
+            for samples, cost in ((ours, 2.0), (theirs, 4.0)):
+                samples.append(timing.Sample(cost * math.exp(speed + draw.gauss(0, 0.05))))
+        fused, unfused = SimpleNamespace(samples=ours), SimpleNamespace(samples=theirs)
+        low, high = median_interval(Run.ratios(fused, unfused), confidence)
+        held += low < 0.5 < high
+        low, high = median_interval([sample.wall_s for sample in ours], confidence)
+        held_apart += low < 2.0 < high
+    assert held / 400 > confidence - 0.03
+    # The times themselves are not independent, and the documentation says so.
+    assert held_apart / 400 < 0.8
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
