@@ -214,7 +214,7 @@ def test_it_agrees_with_a_run_of_its_own_of_work_whose_ratio_is_known(
 
 
 def test_what_rounds_have_in_common_with_the_next_leaves_the_ratios_interval_right():
-    draw, confidence, held, held_apart = random.Random(2), 0.95, 0, 0
+    draw, confidence, held, held_apart, widths = random.Random(2), 0.95, 0, 0, []
     for _ in range(400):
         ours, theirs, speed = [], [], 0.0
         for _ in range(40):
@@ -225,9 +225,11 @@ def test_what_rounds_have_in_common_with_the_next_leaves_the_ratios_interval_rig
         fused, unfused = SimpleNamespace(samples=ours), SimpleNamespace(samples=theirs)
         low, high = median_interval(Run.ratios(fused, unfused), confidence)
         held += low < 0.5 < high
+        widths.append(high - low)
         low, high = median_interval([sample.wall_s for sample in ours], confidence)
         held_apart += low < 2.0 < high
     assert held / 400 > confidence - 0.03
+    assert statistics.mean(widths) < 0.05
     # The times themselves are not independent, and the documentation says so.
     assert held_apart / 400 < 0.8
 
