@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..rendering.folding import pattern_of, place_and_rest, span
+from ..rendering.folding import Modules, pattern_of, span
 from ..rendering.html import (
     Markup,
     arrows,
@@ -18,7 +18,7 @@ from ..rendering.html import (
     table,
     unbroken,
 )
-from ..rendering.plain import plain
+from ..rendering.plain import plain, printable
 from ..rendering.tables import text_table, without_empty_columns
 from .differences import Difference
 
@@ -162,7 +162,7 @@ class VerificationReport:
         for table_ in self.tables():
             title, *headers = table_.headers
             lines += ["", text_table((title or table_.title, *headers), table_.rows)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         parts = [paragraph(sentence) for sentence in self._sentences()]
@@ -225,9 +225,8 @@ def _difference_rows(found: Sequence[Difference]) -> Iterable[tuple[str, ...]]:
 
 
 def _in_html(header: str, text: str) -> Markup:
-    if header == "modules":
-        place, _, members = text.rpartition(": ")
-        return lines(place and code(f"{place}:"), code(arrows(members)))
+    if isinstance(text, Modules):
+        return lines(text.place and code(text.place), code(arrows(text.members)))
     return html(text) if header == "note" else unbroken(text)
 
 
@@ -242,7 +241,7 @@ def _group_rows(groups: Sequence[GroupVerification]) -> Iterable[tuple[str, ...]
         differences = [group.difference for group in fold if group.difference is not None]
         yield (
             first.path if len(fold) == 1 else f"{first.path} x{len(fold)}",
-            " ".join(filter(None, place_and_rest(paths))),
+            Modules(paths),
             first.kernel or "-",
             _calls(fold),
             *(_numbers(differences) if differences else [""] * len(_NUMBERS)),
