@@ -131,6 +131,8 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
 def _config(transformers: Any, path: Path) -> Any:
     """The config at a path, where it needs no code but that of transformers."""
     given, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    if not isinstance(given, dict):
+        raise FusionError(f"{str(path)!r} has a {type(given).__name__}, and a config is a dict.")
     if given.get("auto_map"):
         # Asked for the config, transformers would offer to run that code, or to look for it.
         raise FusionError(
@@ -185,6 +187,8 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
 
 def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Those of a file, or random ones of the model's main input."""
+    if options.generate is not None and options.generate < 1:
+        raise FusionError(f"--generate is at least 1, not {options.generate}.")
     if options.inputs is not None:
         loaded = torch.load(options.inputs, map_location=options.device, weights_only=True)
         if not isinstance(loaded, dict):

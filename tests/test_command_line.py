@@ -189,13 +189,17 @@ def test_where_nothing_is_fused_the_reasons_are_those_of_plan(
     [
         (["plan", "nowhere"], "There is no file or folder 'nowhere'"),
         (["plan", "CONFIG", "--families", "rms_norm"], "There is no family 'rms_norm'. Did you"),
+        (["verify", "CONFIG", "--generate", "0"], "--generate is at least 1, not 0"),
+        (["plan", "LIST"], "has a list, and a config is a dict"),
         (["verify", "CONFIG", "--families", "patch_embeddings"], "Nothing is fused in this model"),
     ],
 )
 def test_what_cannot_be_done_exits_with_2_and_says_why(
     config: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [config if argument == "CONFIG" else argument for argument in arguments]
+    (listed := Path(config).with_name("list.json")).write_text("[1]")
+    places = {"CONFIG": config, "LIST": str(listed)}
+    filled = [places.get(argument, argument) for argument in arguments]
     assert main([*filled, "--device", "cpu"]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
