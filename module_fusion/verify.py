@@ -130,6 +130,12 @@ def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
             f"dtypes is a list of floating dtypes, such as [torch.float32, torch.bfloat16], not "
             f"{dtypes!r}."
         )
+    for dtype in (d for d in dtypes or () if d.itemsize == 1):
+        raise FusionError(
+            f"dtypes has {dtype}, in which modules keep numbers and do not compute, so the model "
+            f"cannot run in it. Weights and outputs of that dtype are compared in any run: leave "
+            f"it out, or give what the model computes in, such as [torch.bfloat16]."
+        )
     if not isinstance(gradients, bool):
         raise FusionError(f"gradients is True or False, not {gradients!r}.")
     given = {"method": method, "gradients": gradients, "dtypes": dtypes}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FusionError
-from ..verifying.structures import fresh, is_plain, modules_given, tensors_in
+from ..verifying.structures import computable, fresh, is_plain, modules_given, tensors_in
 
 # Two calls may sum in another order on a GPU; what a call computes with a longer cache is further.
 _ROUNDING = 1e-3
@@ -120,10 +120,8 @@ def _sum_of(tensor: Tensor) -> float:
     if not is_plain(tensor) or tensor.is_meta:
         return 0.0
     values = tensor.detach()
-    if not (values.is_floating_point() or values.is_complex()):
-        values = values.double()
-    elif values.element_size() == 1:
-        values = values.float()
+    has_norm = values.is_floating_point() or values.is_complex()
+    values = computable(values) if has_norm else values.double()
     dtype = torch.complex128 if values.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(values, 1, dtype=dtype))
 
