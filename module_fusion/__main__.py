@@ -10,16 +10,18 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import FusionError, __version__, benchmark, fuse, verify
+from . import FusionError, __version__, benchmark, fuse, unfuse_modules, verify
 from .errors import needed, text_of
 
+_SAVE = "Save the model's keyword arguments with torch.save and give the file: --inputs inputs.pt."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(model, options))
     except Exception as error:
         # Whatever a model, its config or its inputs raise: 1 is for a changed result alone.
-        print(f"module_fusion: {text_of(error)}", file=sys.stderr)
+        text = text_of(error)
+        if not isinstance(error, FusionError):
+            text = " ".join(text.split())
+        print(f"module_fusion: {text}", file=sys.stderr)
         return 2
 
 
@@ -52,7 +57,9 @@ def _plan(model: nn.Module, options: argparse.Namespace) -> int:
 def _verify(model: nn.Module, options: argparse.Namespace) -> int:
     inputs = _checked(_inputs(model, options), verify, options)
     _fuse(model, options)
-    result = verify(model, gradients=options.gradients, **_call(options), **inputs)
+    # A kernel without a backward runs where no gradients are recorded alone.
+    with torch.set_grad_enabled(options.gradients), _inputs_blamed(model, inputs, options):
+        result = verify(model, gradients=options.gradients, **_call(options), **inputs)
     _show(result, options)
     return 0 if result.passed else 1
 
@@ -60,9 +67,10 @@ def _verify(model: nn.Module, options: argparse.Namespace) -> int:
 def _bench(model: nn.Module, options: argparse.Namespace) -> int:
     inputs = _checked(_inputs(model, options), benchmark, options)
     _fuse(model, options)
-    result = benchmark(
-        model, seconds=options.seconds, compare=options.compare, **_call(options), **inputs
-    )
+    with _inputs_blamed(model, inputs, options):
+        result = benchmark(
+            model, seconds=options.seconds, compare=options.compare, **_call(options), **inputs
+        )
     _show(result, options)
     return 0
 
@@ -105,9 +113,8 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
     transformers = needed("transformers", "the command line", "'module-fusion[transformers]'")
     if not path.exists():
         raise FusionError(f"There is no file or folder {str(path)!r}.")
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
-    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    config = _config(transformers, path)
+    cls = _class(transformers, config)
     chosen = config.dtype if dtype is None else _DTYPES[dtype]
     if any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         loader = cls or transformers.AutoModel
@@ -119,6 +126,48 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
     if chosen is not None:
         model.to(chosen)
     return model.eval()
+
+
+def _config(transformers: Any, path: Path) -> Any:
+    """The config at a path, where it needs no code but that of transformers."""
+    given, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    if not isinstance(given, dict):
+        raise FusionError(f"{str(path)!r} has a {type(given).__name__}, and a config is a dict.")
+    if given.get("auto_map"):
+        # Asked for the config, transformers would offer to run that code, or to look for it.
+        raise FusionError(
+            f"{str(path)!r} names code of its own in 'auto_map', {given['auto_map']!r}, and the "
+            f"command line runs none that comes with a checkpoint. Load the model in Python, where "
+            f"you decide about trust_remote_code, and call verify(model, ...); or take 'auto_map' "
+            f"out, for the class that transformers itself has."
+        )
+    names = given.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise FusionError(
+            f"'architectures' of {str(path)!r} is a list of names of classes, such as "
+            f"['LlamaForCausalLM'], not {names!r}."
+        )
+    return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def _class(transformers: Any, config: Any) -> Any:
+    """The first of the config's architectures that transformers has, None where it has none."""
+    names = getattr(config, "architectures", None) or []
+    name = next((name for name in names if hasattr(transformers, name)), None)
+    cls = None if name is None else getattr(transformers, name)
+    if cls is None:
+        return None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise FusionError(f"'architectures' has {name!r}, which is no model of transformers.")
+    of = getattr(cls, "config_class", None)
+    if of is not None and not isinstance(config, of):
+        raise FusionError(
+            f"'architectures' has {name!r}, whose config is a {of.__name__}; 'model_type' "
+            f"{config.model_type!r} makes this one a {type(config).__name__}."
+        )
+    return cls
 
 
 def _families(options: argparse.Namespace) -> bool | Mapping[str, bool]:
@@ -138,6 +187,8 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
 
 def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Those of a file, or random ones of the model's main input."""
+    if options.generate is not None and options.generate < 1:
+        raise FusionError(f"--generate is at least 1, not {options.generate}.")
     if options.inputs is not None:
         loaded = torch.load(options.inputs, map_location=options.device, weights_only=True)
         if not isinstance(loaded, dict):
@@ -161,10 +212,37 @@ def _inputs(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         value = torch.randn(shape, generator=random).to(model.dtype)
     else:
         raise FusionError(
-            f"It is not known how to make the input {name!r} of {type(model).__name__}. Save the "
-            f"keyword arguments with torch.save and give the file: --inputs inputs.pt."
+            f"It is not known how to make the input {name!r} of {type(model).__name__}. {_SAVE}"
         )
     return {name: value.to(options.device)}
+
+
+@contextmanager
+def _inputs_blamed(
+    model: nn.Module, inputs: dict[str, Any], options: argparse.Namespace
+) -> Iterator[None]:
+    """Says of an error that random inputs are the reason, where the model unfused has one too."""
+    try:
+        yield
+    except Exception as error:
+        if options.inputs is not None or _runs(model, inputs, options):
+            raise
+        raise FusionError(
+            f"{type(model).__name__} does not run on a random {' and '.join(inputs)!r} alone: "
+            f"{' '.join(text_of(error).split())}. {_SAVE}"
+        ) from error
+
+
+def _runs(model: nn.Module, inputs: dict[str, Any], options: argparse.Namespace) -> bool:
+    unfuse_modules(model)
+    method = _call(options)
+    call = getattr(model, method.pop("method", "forward"))
+    try:
+        with torch.no_grad():
+            call(**method, **inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _checked(

@@ -58,13 +58,20 @@ def benchmark(
     the machine falls on all of them. The ratio is the median of the rounds' own ratios, because
     what two calls a moment apart have in common, such as a clock frequency, cancels in it; a
     ratio of two medians keeps it. Intervals come from order statistics: they assume nothing
-    about the distribution, only that rounds are alike. When to stop depends on their width
-    alone, not on where they lie.
+    about the distribution, only that rounds are alike and know nothing of each other. Of ratios
+    that is so where what lasts for several rounds, such as a clock frequency or the load of the
+    machine, slows both down alike. The times by themselves keep it, so while a machine drifts
+    their intervals are too narrow; rely on that of the ratio. When to stop depends on the width
+    alone, not on where an interval lies.
 
     Every call has a fresh copy of the inputs, and every sample starts from the same random state
     and buffers; copying, swapping, compiling and warming up are outside the clock. A sample is one
     call, or several where a call is quicker than a clock can tell. `forward` alone runs without
     gradients. Times on a GPU end when the GPU is done; its L2 cache is not flushed.
+
+    So rounds are the same work, also with a cache that a call extends. State that is out of reach,
+    as in an object of C code, is not put back; where two calls of the warm-up differ, a note says
+    so.
 
     The model is left as it was: classes, buffers, gradients, random state, and the counts in
     `report(model)`; so is what Python attributes hold, as deep as a cache goes. Parameters that
@@ -135,7 +142,7 @@ def benchmark(
     workload = Workload(model, method, backward, args, kwargs)
     stopwatch = Stopwatch(devices_of(model, workload.tensors))
     with ExitStack() as stack:
-        put_back = stack.enter_context(nothing_left_behind(model))
+        put_back = stack.enter_context(nothing_left_behind(model, *workload.modules))
         stack.enter_context(counts_kept(found))
         bar = stack.enter_context(Progress(progress))
         stack.enter_context(torch.set_grad_enabled(backward))

@@ -78,23 +78,30 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_left_behind(model: nn.Module) -> Iterator[Callable[[], None]]:
+def nothing_left_behind(model: nn.Module, *given: nn.Module) -> Iterator[Callable[[], None]]:
     """On leaving, random state, buffers, gradients and attributes are what they were before.
 
     Of containers and objects that a module has, what is in them too, as `attributes_of` says.
     There is no copy of parameters: a model that writes to those by itself stays changed.
 
+    Args:
+        model: the model.
+        *given: modules among its inputs, which are put back too.
+
     Yields:
         A function that puts them back at once, for a second run from the same start.
     """
-    with attributes_put_back(model) as attributes, ExitStack() as stack:
-        gradients = _gradients(model)
+    steps: list[Callable[[], None]] = []
+    with ExitStack() as stack:
+        for module in (model, *given):
+            gradients = _gradients(module)
+            stack.callback(gradients)
+            steps += [stack.enter_context(attributes_put_back(module)), gradients]
 
         def put_back() -> None:
-            attributes()
-            gradients()
+            for step in steps:
+                step()
 
-        stack.callback(gradients)
         yield put_back
 
 

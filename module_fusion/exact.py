@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .chain import Chain
 from .modules import KEY, original_class
 from .seat import prepared_by, run_members
-from .verifying.structures import leaves, map_tensors
+from .verifying.structures import FLOAT8, leaves, map_tensors
 
 LIMIT = 1.1
 # Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
@@ -30,6 +30,7 @@ _SEED = 0
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and value == {})
 _WIDER = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys(FLOAT8, torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .rendering.drawing import chain_drawing
-from .rendering.folding import pattern_of, place_and_rest, span
+from .rendering.folding import Modules, pattern_of, span
 from .rendering.html import (
     Markup,
     arrows,
@@ -20,7 +20,7 @@ from .rendering.html import (
     table,
     unbroken,
 )
-from .rendering.plain import plain
+from .rendering.plain import plain, printable
 from .rendering.tables import text_table
 
 _HEADER = ("modules", "classes", "kernel", "calls", "note")
@@ -112,10 +112,8 @@ class FusionReport:
         folds = list(_folded(self.groups))
         if not folds:
             return f"{self._summary()}."
-        rows = [
-            (_action(fold), " ".join(filter(None, _modules(fold))), *_cells(fold)) for fold in folds
-        ]
-        return "\n".join([f"{self._summary()}:", *_lines(rows)])
+        rows = [(_action(fold), _modules(fold), *_cells(fold)) for fold in folds]
+        return printable("\n".join([f"{self._summary()}:", *_lines(rows)]))
 
     __repr__ = __str__
 
@@ -123,8 +121,9 @@ class FusionReport:
         rows: list[Sequence[str] | Markup] = []
         for fold in _folded(self.groups):
             classes, kernel, calls, note = _cells(fold)
-            place, members = map(arrows, _modules(fold))
-            where = lines(place and code(place), code(members), muted(arrows(classes)))
+            paths = _modules(fold)
+            members = code(arrows(paths.members))
+            where = lines(paths.place and code(paths.place), members, muted(arrows(classes)))
             action = badge(_action(fold), fold[0].action)
             rows.append((action, where, unbroken(kernel), unbroken(calls), note))
             if fold[0].wires:
@@ -193,8 +192,8 @@ def _action(fold: Sequence[GroupReport]) -> str:
     return action if len(fold) == 1 else f"{action} x{len(fold)}"
 
 
-def _modules(fold: Sequence[GroupReport]) -> tuple[str, str]:
-    return place_and_rest([span([g.paths[i] for g in fold]) for i in range(len(fold[0].paths))])
+def _modules(fold: Sequence[GroupReport]) -> Modules:
+    return Modules([span([g.paths[i] for g in fold]) for i in range(len(fold[0].paths))])
 
 
 def _cells(fold: Sequence[GroupReport]) -> tuple[str, ...]:

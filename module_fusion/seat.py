@@ -32,6 +32,8 @@ from .returns import values_returned
 from .spec import External, Plan
 
 _MISSING = object()
+# With this begins the reason of a kernel without a backward.
+NEEDS_GRADIENTS = "gradients are needed"
 # What a kernel's `prepare` runs in: a dry run has a look at the members before and after.
 around_prepare: ContextVar[Callable[[Sequence[nn.Module]], AbstractContextManager[None]]] = (
     ContextVar("around_prepare", default=lambda members: nullcontext())
@@ -216,7 +218,7 @@ class FusedKernel(nn.Module):
         needs_backward = not can["has_backward"] and torch.is_grad_enabled()
         if needs_backward and any(tensor.requires_grad for tensor in (*tensors, *weights)):
             what = "has no backward" if can["is_known"] else "is not known to have a backward"
-            return f"gradients are needed and the kernel {what}"
+            return f"{NEEDS_GRADIENTS} and the kernel {what}"
         return None
 
     def extra_repr(self) -> str:

@@ -50,7 +50,8 @@ def verify(
     outputs of all fused groups, and for one group at a time in float64.
 
     A model that draws random numbers draws the same ones in both runs. Compiled modules run in
-    eager mode.
+    eager mode. Gradients are recorded where the caller records them: a kernel without a backward
+    is checked under `torch.no_grad()` alone, and the report says where it was not.
 
     Args:
         model: a model with fused modules.
@@ -128,6 +129,12 @@ def _check(model: Any, method: Any, gradients: Any, dtypes: Any) -> None:
         raise FusionError(
             f"dtypes is a list of floating dtypes, such as [torch.float32, torch.bfloat16], not "
             f"{dtypes!r}."
+        )
+    for dtype in (d for d in dtypes or () if d.itemsize == 1):
+        raise FusionError(
+            f"dtypes has {dtype}, in which modules keep numbers and do not compute, so the model "
+            f"cannot run in it. Weights and outputs of that dtype are compared in any run: leave "
+            f"it out, or give what the model computes in, such as [torch.bfloat16]."
         )
     if not isinstance(gradients, bool):
         raise FusionError(f"gradients is True or False, not {gradients!r}.")

@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,13 @@ import torch
 from structure import structure
 from support import PATHS, Block, Mlp, Model, Norm, WeightKernel, mapped
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from module_fusion import (
     BenchmarkReport,
@@ -160,6 +166,76 @@ def test_it_agrees_with_an_independent_timing_of_the_same_calls(monkeypatch: pyt
         low, high = found[name].interval_s
         assert low < statistics.median(times) < high
         assert found[name].median_s == pytest.approx(statistics.median(times), rel=0.05)
+
+
+def _wait(seconds: float) -> None:
+    """Until a moment on the clock: who mostly sleeps is not made longer by what else runs."""
+    end = time.perf_counter() + seconds
+    time.sleep(seconds - 3e-4)
+    while time.perf_counter() < end:
+        pass
+
+
+def _timed_in_turn(models: list[nn.Module], x: Tensor, calls: int) -> list[list[float]]:
+    """How long each call took, in a loop of its own."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for _ in range(calls):
+            for model, lasted in zip(models, times, strict=True):
+                model(x)  # What it needs is in the caches after that.
+                start = time.perf_counter()
+                model(x)
+                lasted.append(time.perf_counter() - start)
+    return times
+
+
+@pytest.mark.parametrize("kernel_s", [5e-3, 20e-3])
+def test_it_agrees_with_a_run_of_its_own_of_work_whose_ratio_is_known(
+    monkeypatch: pytest.MonkeyPatch, kernel_s: float
+):
+    jitter, members_s, width = random.Random(0), 10e-3, 0.1
+
+    def spend(seconds: float) -> None:
+        _wait(seconds * jitter.uniform(1 - width, 1 + width))
+
+    model = _costing(monkeypatch, lambda: spend(members_s), lambda: spend(kernel_s))
+    x = torch.randn(2, 3, 8)
+    options = {"seconds": 1.2, "precision": 0.0, "confidence": 0.9999, "progress": False}
+    row = benchmark(model, x, **options)["fused"]
+    assert row.kernel_calls > 0
+    # The middle of what a call may take, so that few calls tell.
+    width = 0.0
+    never_fused = Model(1)
+    never_fused.layers[0].mlp = _SpendingMlp()
+    ours, theirs = _timed_in_turn([model, never_fused], x, 25)
+    independent = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    low, high = row.ratio_interval
+    assert low < independent < high
+    # The rest of the model, a few per cent, takes the same time in both.
+    assert low < kernel_s / members_s * 1.05
+    assert high > kernel_s / members_s * 0.95
+    assert (row.ratio < 1) == (kernel_s < members_s)
+
+
+def test_what_rounds_have_in_common_with_the_next_leaves_the_ratios_interval_right():
+    draw, confidence, held, held_apart, widths = random.Random(2), 0.95, 0, 0, []
+    for _ in range(400):
+        ours, theirs, speed = [], [], 0.0
+        for _ in range(40):
+            # The machine's speed wanders: what a round has, the next has nearly too.
+            speed = 0.98 * speed + draw.gauss(0, 0.1)
+            for samples, cost in ((ours, 2.0), (theirs, 4.0)):
+                samples.append(timing.Sample(cost * math.exp(speed + draw.gauss(0, 0.05))))
+        fused, unfused = SimpleNamespace(samples=ours), SimpleNamespace(samples=theirs)
+        low, high = median_interval(Run.ratios(fused, unfused), confidence)
+        held += low < 0.5 < high
+        widths.append(high - low)
+        low, high = median_interval([sample.wall_s for sample in ours], confidence)
+        held_apart += low < 2.0 < high
+    assert held / 400 > confidence - 0.03
+    assert statistics.mean(widths) < 0.05
+    # The times themselves are not independent, and the documentation says so.
+    assert held_apart / 400 < 0.8
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
@@ -547,6 +623,96 @@ def test_every_timed_call_starts_from_the_same_state_on_inputs_of_its_own():
     assert len(model.drawn) > 12
     assert cache == []
     assert x.eq(0).all()
+
+
+class _Attending(nn.Module):
+    """A language model that notes how much is in the cache it is given, and then extends it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.lengths = array.array("q")
+
+    def forward(self, ids: Tensor, cache: Any) -> Any:
+        self.lengths.append(int(cache.get_seq_length()))
+        return self.model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("filled", [0, 5])
+def test_a_cache_that_is_given_is_as_long_at_every_call(filled: int):
+    model, cache = _causal(), DynamicCache()
+    if filled:
+        model(torch.ones(1, filled, dtype=torch.long), past_key_values=cache)
+    attending = _Attending(model)
+    found = benchmark(attending, torch.ones(1, 3, dtype=torch.long), cache=cache, **QUICK)
+    assert len(attending.lengths) > 2 * found.rounds
+    assert set(attending.lengths) == {filled}
+    assert cache.get_seq_length() == filled
+    assert "other work" not in str(found)
+
+
+class _Collecting(nn.Module):
+    """Keeps what it was given, in a place of its own, and returns all of it."""
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.kept = [] if kept is None else kept
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.kept.append(x)
+        return torch.cat(list(self.kept))
+
+
+class _Before(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, before: nn.Module) -> Tensor:
+        return self.model(before(x))
+
+
+def test_a_module_among_the_inputs_is_put_back_too(fused_model: Model, device: str):
+    given, x = _Collecting(), torch.ones(2, 8, device=device)
+    found = benchmark(_Before(fused_model), x, given, **QUICK)
+    assert "other work" not in str(found)
+    assert verify(_Before(fused_model), x, given).passed
+    assert (len(given.kept), int(given.count)) == (0, 0)
+
+
+class _OutOfReach:
+    """Nothing of it is in a `__dict__`."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Tensor] = []
+
+    def append(self, x: Tensor) -> None:
+        self.items.append(x)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("grows", ["shapes", "values"])
+def test_work_that_grows_from_call_to_call_is_said(fused_model: Model, device: str, grows: str):
+    collecting = _Collecting(_OutOfReach())
+    model = nn.Sequential(collecting, fused_model)
+    if grows == "values":
+        model.append(_Summed())
+    found = benchmark(model, torch.ones(2, 8, device=device), **QUICK)
+    assert len(collecting.kept.items) > found.rounds
+    assert all("so rounds may be other work" in row.note for row in found.rows)
+    for said in (str(found), found.to_markdown(), found._repr_html_(), str(found.to_dict())):
+        assert "so rounds may be other work" in said
+
+
+class _Summed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0)
 
 
 def test_a_module_among_the_inputs_is_not_copied(fused_model: Model, x: Tensor):

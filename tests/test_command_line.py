@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,26 @@ def test_verify_exits_with_1_where_a_kernel_is_wrong(
     assert "FAILED" in capsys.readouterr().out
 
 
+class OfNoGradient(WrongRMSNormMLP):
+    has_backward = False
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 1), (["--gradients"], 0)])
+def test_verify_records_gradients_only_where_they_are_compared(
+    checkpoint: str,
+    more: list[str],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from module_fusion.families import certificate
+
+    monkeypatch.setattr(certificate.Certificates, "of", lambda *_: None)
+    with use_kernel_mapping({"RMSNormMLP": {"cpu": InMemoryRepository(OfNoGradient)}}):
+        assert main(["verify", checkpoint, "--device", "cpu", *more]) == code
+    assert ("NOT CHECKED" in capsys.readouterr().out) == bool(more)
+
+
 def test_bench_measures_fused_and_unfused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", config, "--json", "--device", "cpu", "--seconds", "0.1"]
     assert main([*arguments, "--tokens", "8", "--batch", "2"]) == 0
@@ -168,17 +189,90 @@ def test_where_nothing_is_fused_the_reasons_are_those_of_plan(
     [
         (["plan", "nowhere"], "There is no file or folder 'nowhere'"),
         (["plan", "CONFIG", "--families", "rms_norm"], "There is no family 'rms_norm'. Did you"),
+        (["verify", "CONFIG", "--generate", "0"], "--generate is at least 1, not 0"),
+        (["plan", "LIST"], "has a list, and a config is a dict"),
         (["verify", "CONFIG", "--families", "patch_embeddings"], "Nothing is fused in this model"),
     ],
 )
 def test_what_cannot_be_done_exits_with_2_and_says_why(
     config: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [config if argument == "CONFIG" else argument for argument in arguments]
+    (listed := Path(config).with_name("list.json")).write_text("[1]")
+    places = {"CONFIG": config, "LIST": str(listed)}
+    filled = [places.get(argument, argument) for argument in arguments]
     assert main([*filled, "--device", "cpu"]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.out == ""
+
+
+CLIP = {"text_config": TEXT, "vision_config": VISION}
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_model_that_needs_more_than_one_input_says_how_to_give_them(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = hf.CLIPConfig(**CLIP, architectures=["CLIPModel"])
+    config.save_pretrained(tmp_path)
+    arguments = [command, str(tmp_path / "config.json"), "--device", "cpu"]
+    if command == "bench":
+        arguments += ["--seconds", "0.1"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("module_fusion: CLIPModel does not run on a random 'input_ids' alone:")
+    assert "give the file: --inputs inputs.pt" in said
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    torch.save({**inputs, "pixel_values": torch.randn(1, 3, 32, 32)}, tmp_path / "inputs.pt")
+    assert main([*arguments, "--inputs", str(tmp_path / "inputs.pt")]) == 0
+    # What a file has is not random, and is not said to be.
+    torch.save(inputs, tmp_path / "inputs.pt")
+    capsys.readouterr()
+    assert main([*arguments, "--inputs", str(tmp_path / "inputs.pt")]) == 2
+    assert "random 'input_ids'" not in capsys.readouterr().err
+
+
+class _Network(AssertionError):
+    pass
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "bench"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"auto_map": {"AutoModel": "own.M"}}, "names code of its own in 'auto_map', {'AutoModel'"),
+        (
+            {"auto_map": {"AutoConfig": "own--x.C"}, "model_type": "none_of_ours"},
+            "runs none that comes with a checkpoint",
+        ),
+        ({"architectures": "LlamaForCausalLM"}, "is a list of names of classes, such as"),
+        ({"architectures": [1]}, "is a list of names of classes, such as"),
+        ({"architectures": ["Trainer"]}, "'Trainer', which is no model of transformers"),
+        ({"architectures": ["AutoTokenizer"]}, "'AutoTokenizer', which is no model of"),
+        ({"architectures": ["BertModel"]}, "'BertModel', whose config is a BertConfig;"),
+        ({"model_type": "none_of_ours"}, "model type `none_of_ours`"),
+    ],
+)
+def test_configs_that_are_not_usable_are_refused_in_one_line_without_the_network(
+    config: str,
+    command: str,
+    change: dict[str, object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def connect(*_: object) -> None:
+        raise _Network
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr("builtins.input", connect)
+    Path(config).write_text(json.dumps({**json.loads(Path(config).read_text()), **change}))
+    assert main([command, config, "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert said in line
 
 
 def test_the_commands_of_the_guide_run_as_they_are_written(

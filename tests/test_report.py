@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 from module_fusion import (
     FusionReport,
     ModuleSpec,
+    benchmark,
     fuse_modules,
     fused,
     report,
     unfuse_modules,
+    verify,
 )
 from module_fusion.report import Feed, GroupReport
 
@@ -82,6 +86,64 @@ def test_two_numbers_in_a_path_fold_each_by_itself() -> None:
     model = nn.Sequential(Experts(), Experts(), Experts())
     (row,) = table(fuse_modules(model, ["*.experts.*.mlp"]))
     assert row[:2] == ["fused x6", "[0-2].experts.[0-1].mlp"]
+
+
+class Named(nn.Module):
+    """A block whose members have any names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, Mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("names", [("01", "1"), ("00", "0"), ("\u0661", "1"), ("*", "1")])
+def test_only_numbers_as_a_list_writes_them_are_folded(names: tuple[str, ...]) -> None:
+    model = nn.ModuleDict({"d": nn.ModuleDict({name: Named("m", "n") for name in (*names, "2")})})
+    result = fuse_modules(model, ["d.*.m", "d.*.n"])
+    number = [*names, "2"][1:]
+    assert [row[:2] for row in table(result)] == [
+        ["fused", f"d.{names[0]}: m -> n"],
+        ["fused x2", f"d.[{'-'.join(number) if number[0] == '1' else ','.join(number)}]: m -> n"],
+    ]
+
+
+class Refusing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("refused the members")
+
+
+def _refuse(first: Any, last: Any) -> None:
+    raise ValueError("no \ud800")
+
+
+Refusing.forward.prepare = _refuse  # type: ignore[attr-defined]
+
+
+def test_lone_surrogates_are_escaped_and_names_with_colons_stay_whole() -> None:
+    model = nn.Sequential(Named("a: \ud800", "c"), Named("a: \ud800", "c"))
+    for block in model:
+        block.add_module("c", Named("e"))
+    with mapped(K=Refusing):
+        made = fuse_modules(model, {"first": "*.a: \ud800", "last": "*.c.e"}, kernel="K")
+    x = torch.randn(2, 8)
+    verified, measured = verify(model, x), benchmark(model, x, seconds=0, progress=False)
+    for found in (made, verified, measured):
+        for said in (str(found), found._repr_html_(), json.dumps(found.to_dict())):
+            said.encode("utf-8")
+            assert "the kernel refuses: no \\ud800" in said
+    assert "no \\ud800" in measured.to_markdown()
+    for found in (made, verified):
+        assert "[0-1]: a: \\ud800 -> c.e" in str(found)
+        markup = found._repr_html_()
+        assert "[0-1]:</span></code>" in markup
+        assert "a: \\ud800 \N{RIGHTWARDS ARROW} c.e</span></code>" in markup
+    assert made.groups[0].paths[0] == "0.a: \ud800"
 
 
 def test_blocks_of_other_classes_are_rows_of_their_own() -> None:

@@ -100,6 +100,53 @@ def test_where_no_kernel_runs_the_members_are_equal_and_the_reason_is_said(model
     assert verify(plain, torch.randn(2, 8)).verdict == "Passed, equal to the bit: no kernel ran"
 
 
+class OfNoGradient(WeightKernel):
+    """For inference, and wrong."""
+
+    has_backward = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * WeightKernel.forward(self, x)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_kernel_that_did_not_run_for_gradients_is_not_said_to_be_checked(
+    model: Model, x: Tensor, gradients: bool
+):
+    fused_with(OfNoGradient, model.eval())
+    found = verify(model, x, gradients=gradients)
+    assert [group.unchecked for group in found.groups] == [True, True]
+    assert not found.verdict.startswith("Passed")
+    for said in (str(found), found._repr_html_(), json.dumps(found.to_dict())):
+        assert "NOT CHECKED in 2 of 2 groups" in said
+    for said in (str(found), found._repr_html_()):
+        assert "with torch.no_grad(): verify(model, ...)" in said
+    assert found.to_dict()["unchecked"][0] == ["layers.0.norm", "layers.0.mlp"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_kernel_without_a_backward_is_checked_where_the_caller_records_no_gradients(
+    model: Model, x: Tensor, mode: Any
+):
+    fused_with(OfNoGradient, model.eval())
+    with mode():
+        found = verify(model, x)
+    assert [group.kernel_calls for group in found.groups] == [1, 1]
+    assert not found.passed
+    assert not found.unchecked
+
+
+def test_of_several_groups_those_that_were_not_checked_are_counted(model: Model, x: Tensor):
+    model.eval()
+    with mapped(K=Inexact, OfNoGradient=OfNoGradient):
+        fuse_modules(model, ["layers.0.norm", "layers.0.mlp"], kernel="K")
+        fuse_modules(model, ["layers.1.norm", "layers.1.mlp"], kernel="OfNoGradient")
+    found = verify(model, x)
+    assert found.passed
+    assert found.verdict.startswith("Kernels NOT CHECKED in 1 of 2 groups")
+    assert "a kernel ran once, each within rounding" in found.verdict
+
+
 def test_the_report_folds_blocks_and_its_rows_are_what_the_text_shows(model: Model, x: Tensor):
     found = verify(fused_with(Inexact, model), x)
     text = str(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import needed
 from ..rendering.html import page_fragment, paragraph, table, unbroken
-from ..rendering.plain import plain
+from ..rendering.plain import plain, printable
 from ..rendering.tables import markdown_table, text_table, without_empty_columns
 
 _REFERENCE = "reference"
@@ -149,7 +149,8 @@ class BenchmarkReport:
         return without_empty_columns(header, rows)
 
     def __str__(self) -> str:
-        return "\n\n".join([self.summary, text_table(*self.table()), "\n".join(self._sentences())])
+        parts = [self.summary, text_table(*self.table()), "\n".join(self._sentences())]
+        return printable("\n\n".join(parts))
 
     __repr__ = __str__
 
@@ -163,7 +164,7 @@ class BenchmarkReport:
     def to_markdown(self) -> str:
         """The same table and sentences in Markdown."""
         parts = [self.summary, markdown_table(*self.table()), *self._sentences()]
-        return "\n\n".join(parts)
+        return printable("\n\n".join(parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists, numbers and strings, ready for JSON.

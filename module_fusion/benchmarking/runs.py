@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..chain import Chain
 from ..context import check_has_values
@@ -12,12 +13,16 @@ from ..verifying.structures import tensors_in
 from .candidates import ON_REQUEST, Candidate
 from .report import BenchmarkRow
 from .timing import Sample, Stopwatch, frames_compiled, median, median_interval
-from .workload import Inputs, Workload
+from .workload import Inputs, Workload, are_alike, sizes_of
 
 # A call that takes longer than this finds no warmer caches the second time.
 _QUICK_S = 0.05
 # The graph trees of "reduce-overhead" run, record and then replay.
 _WARM_UP, _WARM_UP_COMPILED, _LONGEST_WARM_UP = 2, 4, 12
+_NOT_REPEATED = (
+    "two calls on the same inputs gave other results: something that grows or changes is not put "
+    "back, such as a cache that the model reaches in no attribute, so rounds may be other work"
+)
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Run:
     tokens: int | None = None
     peak_memory_bytes: int | None = None
     compiled_again: int = 0
+    is_repeated: bool = True
 
     def __post_init__(self) -> None:
         self.counts = [_Count() for _ in self.chains]
@@ -67,14 +73,21 @@ class Run:
         fewest = _WARM_UP_COMPILED if self.candidate.compiled else _WARM_UP
         with self.candidate.active():
             call = self.workload.bound_to(self.candidate.module)
+            outputs: list[Any] = []
             for count in range(1, _LONGEST_WARM_UP + 1):
                 before = frames_compiled()
-                self.typical = self.stopwatch.time(call, [self._from_the_start()])
+                outputs.clear()
+                self.typical = self.stopwatch.time(
+                    lambda given: outputs.append(call(given)), [self._from_the_start()]
+                )
                 if count >= fewest and frames_compiled() == before:
                     break
+            last = sizes_of(outputs.pop())
             output = call(self._from_the_start())
             check_has_values(self.candidate.module, tensors_in(output), "benchmark")
+            self.is_repeated = are_alike(last, sizes_of(output))
             self.tokens = self.workload.tokens(output)
+            del output
             self.peak_memory_bytes = self.stopwatch.peak_memory(call, self._from_the_start())
 
     def take_sample(self, calls: int) -> None:
@@ -141,6 +154,8 @@ class Run:
         if self.candidate.fused:
             compiled = self.candidate.compiled
             yield from self._about_graphs() if compiled else self._about_kernels()
+        if not self.is_repeated:
+            yield _NOT_REPEATED
         if self.compiled_again:
             yield f"torch.compile ran in {self.compiled_again} of the {len(self.samples)} samples"
 

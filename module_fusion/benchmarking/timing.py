@@ -124,6 +124,7 @@ def median_interval(values: Sequence[float], confidence: float) -> tuple[float, 
 
     Counts alone decide which: each value lies below the median with probability one half,
     whatever the distribution, so the number that do is binomial (the sign test turned round).
+    That assumes that the values are independent: of those that drift it is too narrow.
     """
     ordered = sorted(values)
     cut = _left_out(len(ordered), confidence)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FusionError
-from ..verifying.structures import fresh, tensors_in
+from ..verifying.structures import computable, fresh, is_plain, modules_given, tensors_in
+
+# Two calls may sum in another order on a GPU; what a call computes with a longer cache is further.
+_ROUNDING = 1e-3
 
 
 class Inputs(NamedTuple):
@@ -46,6 +49,7 @@ class Workload:
         self.backward = backward
         self.inputs = Inputs(args, dict(kwargs))
         self.tensors = tensors_in(self.inputs)
+        self.modules = modules_given(self.inputs)
         self._encoder_decoder = bool(
             getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         )
@@ -93,6 +97,33 @@ class Workload:
         named = kwargs.get("input_ids", kwargs.get("inputs"))
         found = named if named is not None else args[0] if args else None
         return found if _is_token_ids(found) else None
+
+
+def sizes_of(output: Any) -> list[tuple[Any, float]]:
+    """The shape of every tensor and the sum of its absolute values: what is left of an output."""
+    return [(_shape_of(tensor), _sum_of(tensor)) for tensor in tensors_in(output)]
+
+
+def are_alike(ours: Sequence[tuple[Any, float]], theirs: Sequence[tuple[Any, float]]) -> bool:
+    """Whether two outputs have the same shapes and, but for rounding, the same sums."""
+    return [shape for shape, _ in ours] == [shape for shape, _ in theirs] and all(
+        math.isclose(a, b, rel_tol=_ROUNDING) or (math.isnan(a) and math.isnan(b))
+        for (_, a), (_, b) in zip(ours, theirs, strict=True)
+    )
+
+
+def _shape_of(tensor: Tensor) -> Any:
+    return (tensor.layout, None if tensor.is_nested else tuple(tensor.shape))
+
+
+def _sum_of(tensor: Tensor) -> float:
+    if not is_plain(tensor) or tensor.is_meta:
+        return 0.0
+    values = tensor.detach()
+    has_norm = values.is_floating_point() or values.is_complex()
+    values = computable(values) if has_norm else values.double()
+    dtype = torch.complex128 if values.is_complex() else torch.float64
+    return float(torch.linalg.vector_norm(values, 1, dtype=dtype))
 
 
 def _is_token_ids(value: Any) -> TypeGuard[Tensor]:

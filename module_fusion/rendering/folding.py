@@ -5,12 +5,38 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+# As a list numbers its modules: "01" and other digits are names, not other ways to write a number.
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
-def pattern_of(paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths without the numbers of their blocks."""
-    return tuple(_NUMBER.sub("*", path) for path in paths)
+class Modules(str):
+    """Where the members of a chain are, in one line.
+
+    Args:
+        paths: the path of each member.
+
+    Attributes:
+        place: what the paths share, with a colon; empty where they share nothing.
+        members: the rest of each.
+    """
+
+    place: str
+    members: str
+
+    def __new__(cls, paths: Sequence[str]) -> Modules:
+        place, members = place_and_rest(paths)
+        made = super().__new__(cls, f"{place} {members}" if place else members)
+        made.place, made.members = place, members
+        return made
+
+
+def pattern_of(paths: Iterable[str]) -> tuple[tuple[str | None, ...], ...]:
+    """The names in each path, with None for the number of a block."""
+    found = []
+    for path in paths:
+        *above, last = path.split(".")
+        found.append((*(None if _NUMBER.fullmatch(name) else name for name in above), last))
+    return tuple(found)
 
 
 def span(paths: Sequence[str]) -> str:

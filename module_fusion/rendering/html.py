@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from .plain import printable
 from .style import STYLE
 
 # A longer text may be broken into lines.
@@ -21,11 +22,12 @@ class Markup(str):
 
 def page_fragment(title: str, parts: Iterable[Markup]) -> Markup:
     """A whole report: the style, a title and its parts, for `_repr_html_`."""
-    return Markup(
+    markup = (
         f'<div class="mf-report" role="region" aria-label="{escape(title)}">'
         f"<style>{STYLE}</style>"
         f'<p class="mf-title">{escape(title)}</p>{"".join(parts)}</div>'
     )
+    return Markup(printable(markup))
 
 
 def table(

@@ -1,4 +1,4 @@
-"""Values as JSON has them."""
+"""Values as JSON has them, and texts that any output takes."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def printable(text: str) -> str:
+    """The text with an escape for what UTF-8 has no form of, as names may have it.
+
+    Examples:
+        >>> printable("blocks.\\ud800")
+        'blocks.\\\\ud800'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

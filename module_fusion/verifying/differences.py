@@ -14,7 +14,7 @@ from uuid import UUID
 import torch
 from torch import Tensor
 
-from .structures import Kind, Leaf, bits_of, leaves, same_bits, strides_of
+from .structures import FLOAT8, Kind, Leaf, bits_of, computable, leaves, same_bits, strides_of
 
 # Elements that are looked at together in float64.
 _CHUNK = 1 << 22
@@ -170,23 +170,25 @@ def difference(
         if a != b:
             problem = f"{what} {a} fused, {b} unfused"
             return Difference(name, shape, dtype, equal=False, problem=problem)
+    has_rows = _has_rows(theirs)
     if same_bits(ours, theirs):
-        rows = 1.0 if _has_rows(theirs) else None
+        rows = 1.0 if has_rows else None
         bad = _count_nonfinite(theirs)
         return Difference(name, shape, dtype, argmax=rows, nonfinite=(bad, bad))
     if ours.is_quantized:
         ours, theirs = ours.dequantize(), theirs.dequantize()
     if ours.layout is not torch.strided:
         ours, theirs = ours.to_dense(), theirs.to_dense()
-    argmax = None
-    if _has_rows(theirs):
-        argmax = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     if ours.is_complex():
         ours, theirs = torch.view_as_real(ours), torch.view_as_real(theirs)
+    numbers = _numbers(ours.reshape(-1), theirs.reshape(-1))
+    ours, theirs = computable(ours), computable(theirs)
+    argmax = None
+    if has_rows:
+        argmax = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     unlike = None
     if not torch.equal(_forms(ours), _forms(theirs)):
         unlike = "NaN or infinite at other places than unfused"
-    numbers = _numbers(ours.reshape(-1), theirs.reshape(-1))
     nonfinite = (_count_nonfinite(ours), _count_nonfinite(theirs))
     return Difference(name, shape, dtype, False, *numbers, argmax, nonfinite, unlike)
 
@@ -221,16 +223,16 @@ def _has_rows(tensor: Tensor) -> bool:
         and tensor.dim() > 0
         and tensor.numel() > 0
         and tensor.size(-1) > 1
-        and tensor.element_size() > 1
+        and (tensor.element_size() > 1 or tensor.dtype in FLOAT8)
     )
 
 
 def _count_nonfinite(tensor: Tensor) -> int:
     has_forms = tensor.is_floating_point() or tensor.is_complex()
-    if not has_forms or tensor.element_size() == 1 or tensor.is_meta:
+    if not has_forms or tensor.is_meta:
         return 0
-    values = tensor.to_dense() if tensor.layout is not torch.strided else tensor
-    return int((~values.isfinite()).sum())
+    values = computable(tensor.to_dense() if tensor.layout is not torch.strided else tensor)
+    return 0 if values.element_size() == 1 else int((~values.isfinite()).sum())
 
 
 def _forms(tensor: Tensor) -> Tensor:
@@ -271,6 +273,8 @@ def _ordered(tensor: Tensor) -> Tensor:
     """Integers that are as far apart as the values are in floating-point numbers."""
     bits = bits_of(tensor).to(torch.int64)
     size = tensor.element_size()
+    if tensor.dtype is torch.float8_e8m0fnu:
+        return bits  # Powers of two, without a sign.
     if size == 1:
         return torch.where(bits > 127, 128 - bits, bits)
     lowest = -(1 << (8 * size - 1))

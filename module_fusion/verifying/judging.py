@@ -25,7 +25,7 @@ from ..exact import (
 )
 from .differences import differences
 from .statistics import MANY_ROWS, Judgement, Noise, Tally, rows_of
-from .structures import leaves, map_tensors, snapshot
+from .structures import FLOAT8, leaves, map_tensors, snapshot
 from .watching import UNKNOWN, Call, equal
 
 _DRAWS, _DRAWS_OF_FEW_ROWS = 4, 8
@@ -189,7 +189,9 @@ class _Runner:
         return found
 
     def _epsilon(self, dtype: torch.dtype) -> float:
-        return max(torch.finfo(d).eps for d in (dtype, *self.floats))
+        # What is kept in float8 is computed with in a wider dtype, float32 if nothing tells.
+        units = (torch.float32 if d in FLOAT8 else d for d in (dtype, *self.floats))
+        return max(torch.finfo(d).eps for d in units)
 
     def _gradients(
         self,

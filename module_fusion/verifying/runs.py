@@ -17,6 +17,7 @@ from ..context import check_has_values
 from ..errors import FusionError
 from ..exact import seeded
 from ..inventory import Found, members_of
+from ..seat import NEEDS_GRADIENTS
 from .differences import combined, differences, is_unseen
 from .judging import is_left_by, judge
 from .outcomes import (
@@ -32,7 +33,7 @@ from .outcomes import (
 from .remains import left_in, sums_of
 from .report import GroupVerification
 from .statistics import Judgement
-from .structures import fresh, frozen, leaves, tensors_in
+from .structures import fresh, frozen, leaves, modules_given, tensors_in
 from .watching import WROTE, Call, Returned, equal, following, noted, watched
 
 _ITSELF = (
@@ -59,7 +60,8 @@ _T = TypeVar("_T")
 
 def compare(ask: Ask, found: Sequence[Found]) -> Result:
     """Run the model unfused and fused, and find out about every difference."""
-    with nothing_left_behind(ask.model) as again:
+    given = modules_given((ask.args, ask.kwargs))
+    with nothing_left_behind(ask.model, *given) as again:
         at_first = sums_of(ask.model.named_parameters())
         with unfused(ask.model):
             theirs, before = _run(ask, noted(found))
@@ -240,6 +242,7 @@ def _group(
     judgement: Judgement,
 ) -> GroupVerification:
     paths = {call.path for call in calls}
+    reasons = [call.reason for call in calls if call.reason]
     rows = [
         d
         for call, other in pairs
@@ -252,10 +255,15 @@ def _group(
         path="both" if len(paths) > 1 else str(next(iter(paths), "nothing")),
         kernel_calls=sum(call.path == "kernel" for call in calls),
         member_calls=sum(call.path == "members" for call in calls),
-        reason=next((call.reason for call in reversed(calls) if call.reason), None),
+        reason=reasons[-1] if reasons else None,
         difference=combined(rows, "output") if rows else None,
         kernel_error=judgement.kernel_error,
         member_error=judgement.member_error,
         problem=next((call.problem for call in calls if call.problem), judgement.problem),
         run=ask.run,
+        unchecked="kernel" not in paths and any(map(_is_for_gradients, reasons)),
     )
+
+
+def _is_for_gradients(reason: str) -> bool:
+    return reason.startswith(NEEDS_GRADIENTS)

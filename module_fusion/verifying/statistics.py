@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..exact import FLOOR_OF_GRADIENTS, LIMIT, floor_of, seeded
+from .structures import computable
 
 # An element may be this many times its expected error off; of many elements one is the worst.
 _ELEMENT = 16.0
@@ -131,6 +132,7 @@ class Tally:
 
     def add(self, ours: Tensor, theirs: Tensor, exact: Tensor, noise: Noise) -> None:
         """Add one call: the kernel's values, the members', the exact ones, the expected error."""
+        ours, theirs = computable(ours), computable(theirs)
         if not torch.equal(ours.isfinite(), theirs.isfinite()):
             self.problem = f"the kernel's {self.name} is NaN or infinite where the modules' is not"
             return

@@ -21,6 +21,12 @@ from ..errors import FusionError
 # What is the same object in both runs, or stands for itself; nothing in it is looked at.
 _OPAQUE = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# For keeping numbers, not for computing with them.
+FLOAT8 = frozenset(
+    value
+    for name, value in vars(torch).items()
+    if name.startswith("float8") and isinstance(value, torch.dtype)
+)
 
 
 class Leaf(NamedTuple):
@@ -131,6 +137,17 @@ def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of a value, each once."""
     found = {id(leaf.value): leaf.value for leaf in leaves(value) if isinstance(leaf.value, Tensor)}
     return list(found.values())
+
+
+def modules_given(value: Any) -> list[nn.Module]:
+    """The modules among inputs, each once; copies of the inputs have the very same ones."""
+    found = {id(v.value): v.value for v in leaves(value) if isinstance(v.value, nn.Module)}
+    return list(found.values())
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """The tensor; of float8, which hardly any operation takes, the very same numbers in float32."""
+    return tensor.float() if tensor.dtype in FLOAT8 else tensor
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
