@@ -191,19 +191,24 @@ class Code(NamedTuple):
     Attributes:
         methods: classes, the name of an attribute that is looked up on each, and what it is now.
         functions: Python functions, with what may be exchanged in each.
+        traced: those of the methods that torch.compile can look up, of modules.
     """
 
     methods: tuple[tuple[Any, str, Any], ...]
     functions: tuple[tuple[types.FunctionType, types.CodeType, Any], ...]
+    traced: tuple[tuple[Any, str, Any], ...] = ()
 
     def why_not_same(self) -> str | None:
         """Which of it was replaced since, None if nothing was."""
+        if torch.compiler.is_dynamo_compiling():
+            for owner, name, value in self.traced:
+                if getattr(owner, name) is not value:
+                    return f"has a class whose {name} was replaced, {owner.__name__}"
+            return None
         for owner, name, value in self.methods:
             now = getattr(owner, name, None)
             if now is not value and now != value:
                 return f"has a class whose {name} was replaced, {owner.__name__}"
-        if torch.compiler.is_dynamo_compiling():
-            return None
         for function, code, defaults in self.functions:
             if function.__code__ is not code or function.__defaults__ is not defaults:
                 return f"runs {function.__qualname__}, whose code was replaced"

@@ -58,7 +58,12 @@ class MemberForm:
         self._methods: dict[tuple[Any, str, Any], None] = {}
         self._functions: dict[Any, tuple[FunctionType, CodeType, Any]] = {}
         self._add(member, "", -1, "")
-        self.code = Code(tuple(self._methods), tuple(self._functions.values()))
+        traced = tuple(
+            entry
+            for entry in self._methods
+            if issubclass(entry[0], nn.Module) and isinstance(entry[2], FunctionType)
+        )
+        self.code = Code(tuple(self._methods), tuple(self._functions.values()), traced)
         parameters = [p for part in self.parts for p in part.parameters]
         self.dtypes = {d for _, d, _ in parameters if d is not None and d.is_floating_point}
         self.devices = {device for _, _, device in parameters if device is not None}
