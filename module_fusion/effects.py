@@ -13,7 +13,7 @@ import logging
 import math
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -54,6 +54,8 @@ _UNREADABLE = frozenset(
         "numpy", "ops",
         "register_post_accumulate_grad_hook", "embedding_bag", "set_default_dtype",
         "set_default_device", "set_grad_enabled", "save", "load",
+        "get_default_dtype", "get_default_device", "get_float32_matmul_precision",
+        "are_deterministic_algorithms_enabled", "is_inference_mode_enabled", "is_grad_enabled",
     )
 )  # fmt: skip
 _PURE_BUILTINS = frozenset(
@@ -94,7 +96,7 @@ _PURE_LAYERS = frozenset(
 )  # fmt: skip
 
 
-_SETTINGS = (*_DATA, tuple, types.FunctionType, types.BuiltinFunctionType)
+_SETTINGS = (*_DATA, tuple, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 class Effect(NamedTuple):
@@ -123,13 +125,18 @@ class Read(NamedTuple):
 
 
 class _Findings(NamedTuple):
-    """What the code of a function and all it calls does."""
+    """What the code of a function and all it calls does, and which code that is.
+
+    `methods` are looked up on a class when it runs, `functions` have it.
+    """
 
     always: str | None
     in_training: str | None
     own: frozenset[tuple[str, ...]]
     stored: frozenset[str]
     shared: frozenset[tuple[types.FunctionType, Load]] = frozenset()
+    methods: frozenset[tuple[Any, str]] = frozenset()
+    functions: frozenset[types.FunctionType] = frozenset()
 
 
 _NOT_READ: dict[tuple[Any, str], _Findings] = {}
@@ -178,6 +185,75 @@ def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((n, own[n]) for n in sorted(names) if isinstance(own[n], _SETTINGS))
 
 
+class Code(NamedTuple):
+    """The code that runs when a module does.
+
+    Attributes:
+        methods: classes, the name of an attribute that is looked up on each, and what it is now.
+        functions: Python functions, with what may be exchanged in each.
+        traced: those of the methods that torch.compile can look up, of modules.
+    """
+
+    methods: tuple[tuple[Any, str, Any], ...]
+    functions: tuple[tuple[types.FunctionType, types.CodeType, Any], ...]
+    traced: tuple[tuple[Any, str, Any], ...] = ()
+
+    def why_not_same(self) -> str | None:
+        """Which of it was replaced since, None if nothing was."""
+        if torch.compiler.is_dynamo_compiling():
+            for owner, name, value in self.traced:
+                if getattr(owner, name) is not value:
+                    return f"has a class whose {name} was replaced, {owner.__name__}"
+            return None
+        for owner, name, value in self.methods:
+            now = getattr(owner, name, None)
+            if now is not value and now != value:
+                return f"has a class whose {name} was replaced, {owner.__name__}"
+        for function, code, defaults in self.functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return f"runs {function.__qualname__}, whose code was replaced"
+        return None
+
+
+def code_of(module: nn.Module, cls: Any) -> Code:
+    """The code of a module as an instance of this class: its methods and what they call.
+
+    Functions of torch itself are not among it.
+    """
+    forward = function_of(cls.forward)
+    methods: set[tuple[Any, str]] = {(cls, "forward"), (cls, "__call__")}
+    functions: set[types.FunctionType] = set()
+    if forward is not None and is_of_torch(forward):
+        for load in loads_in(forward.__code__, self_of(forward)):
+            name = load.attributes[0] if load.kind == "own" and load.attributes else ""
+            if function_of(inspect.getattr_static(cls, name, None)) is not None:
+                methods.add((cls, name))
+    elif forward is not None:
+        found = [_of_method(cls, "forward")]
+        for path in found[0].own:
+            child, name = _reached(module, path)
+            if child is not module and name and methods_of(type(child), name):
+                found.append(_of_method(type(child), name))
+        methods.update(*(f.methods for f in found))
+        functions.update(*(f.functions for f in found))
+        for name, *_ in found[0].own:
+            functions.update(layers_of(module.__dict__.get(name)))
+    return Code(
+        tuple((owner, name, getattr(owner, name, None)) for owner, name in methods),
+        tuple((f, f.__code__, f.__defaults__) for f in functions),
+    )
+
+
+def _reached(module: nn.Module, path: Sequence[str]) -> tuple[nn.Module, str]:
+    """The last module on a path of attributes, and the attribute that is taken of it."""
+    for name in path:
+        child = module._modules.get(name)
+        if child is None:
+            return module, name
+        module = child
+    return module, ""
+
+
 def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
     """Values that the module's code reads of globals, of its class and of objects it holds."""
     forward = function_of(cls.forward)
@@ -192,10 +268,14 @@ def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
     tensors = {**module._parameters, **module._buffers, **module._modules}
     for name, *rest in sorted(found.own):
         value = _attribute_of(module, cls, name)
+        if isinstance(value, nn.Module) and rest and name in tensors:
+            reads += _reads_of_child(module, (name, *rest))
         if name in tensors or name in found.stored:
             continue
         if isinstance(value, (dict, list, set)):
             reads.append(Read(name, value.copy(), functools.partial(_own_value, (name,))))
+        elif isinstance(value, functools.partial):
+            reads.append(Read(name, _parts(value), functools.partial(_own_parts, name)))
         elif name not in module.__dict__ and isinstance(value, (*_DATA, tuple)):
             reads.append(Read(name, value, functools.partial(_own_value, (name,))))
         elif rest and rest[0] in vars_of(value) and isinstance(vars_of(value)[rest[0]], _DATA):
@@ -203,6 +283,33 @@ def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
             held = vars_of(value)[rest[0]]
             reads.append(Read(".".join(path), held, functools.partial(_own_value, path)))
     return tuple(reads)
+
+
+def _parts(value: Any) -> Any:
+    """What a `functools.partial` is made of, whose keywords anyone may change."""
+    if not isinstance(value, functools.partial):
+        return value
+    return value.func, value.args, value.keywords.copy()
+
+
+def _own_parts(name: str, module: nn.Module) -> Any:
+    return _parts(module.__dict__.get(name))
+
+
+def _reads_of_child(module: nn.Module, path: tuple[str, ...]) -> list[Read]:
+    """What the code takes of a child, other than tensors and modules: a number, a method."""
+    child, name = _reached(module, path)
+    if not name or name in child._parameters or name in child._buffers:
+        return []
+    path = path[: path.index(name) + 1]
+    now = functools.partial(_value_in_child, path)
+    return [Read(".".join(path), now(module), now)]
+
+
+def _value_in_child(path: tuple[str, ...], module: nn.Module) -> Any:
+    child, name = _reached(module, path)
+    own = child.__dict__
+    return own[name] if name in own else getattr(type(child), name, None)
 
 
 def _shared_value(function: types.FunctionType, load: Load, module: nn.Module) -> Any:
@@ -253,7 +360,12 @@ def _of_method(cls: Any, name: str) -> _Findings:
     read = _READ.get()
     if (cls, name) not in read:
         known: _Known = {}
-        found = _merged([_of_function(f, cls, True, known) for f in methods_of(cls, name)])
+        found = _merged(
+            [
+                _NOTHING._replace(methods=frozenset([(cls, name)])),
+                *(_of_function(f, cls, True, known) for f in methods_of(cls, name)),
+            ]
+        )
         if read is _NOT_READ:
             return found
         read[cls, name] = found
@@ -267,6 +379,8 @@ def _merged(findings: list[_Findings]) -> _Findings:
         frozenset().union(*(f.own for f in findings)),
         frozenset().union(*(f.stored for f in findings)),
         frozenset().union(*(f.shared for f in findings)),
+        frozenset().union(*(f.methods for f in findings)),
+        frozenset().union(*(f.functions for f in findings)),
     )
 
 
@@ -279,7 +393,7 @@ def _of_function(
         return known[key]
     known[key] = _NOTHING  # What calls itself does nothing more than the rest of it does.
     me = self_of(function) if is_method else ""
-    found = [_of_stores(function, me)]
+    found = [_of_stores(function, me), _NOTHING._replace(functions=frozenset([function]))]
     if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         found.append(_NOTHING._replace(always=f"runs {function.__qualname__} bit by bit"))
     for load in loads_in(function.__code__, me):
@@ -313,6 +427,8 @@ def _of_load(
                     found.append(_NOTHING)
                     break
                 methods = layers_of(base.__dict__.get(name))
+                if methods:
+                    found.append(_NOTHING._replace(methods=frozenset([(base, name)])))
                 found += [_of_function(method, cls, True, known) for method in methods]
         rest = load.attributes[1:] if found or load.kind == "super" else load.attributes
         return _merged([*found, *map(_of_attribute, rest)])
@@ -321,9 +437,9 @@ def _of_load(
     value, attributes = resolved(load, function)
     text = ".".join((load.name, *load.attributes))
     found = [_of_value(value, text, bool(_TOLD & (load.given or set())), known)]
-    if isinstance(value, (bool, int, float, complex, str, tuple)) and not _is_constant(
-        load, function
-    ):
+    kept = isinstance(value, (bool, int, float, complex, str, tuple, functools.partial))
+    kept = kept or (isinstance(value, types.FunctionType) and not is_of_torch(value))
+    if kept and not _is_constant(load, function):
         found.append(_NOTHING._replace(shared=frozenset([(function, load)])))
     if load.given is not None and _is_told_to_write(value, load.arguments):
         found.append(_NOTHING._replace(always=f"may write to a tensor, in {text}"))
@@ -344,6 +460,7 @@ def _of_own(load: Load, cls: type | None, known: _Known) -> _Findings:
     methods = methods_of(cls, name) if cls is not None and name else []
     if methods:
         found = [_of_function(method, cls, True, known) for method in methods]
+        found.append(_NOTHING._replace(methods=frozenset([(cls, name)])))
         return _merged([*found, *map(_of_attribute, load.attributes[1:])])
     return _NOTHING._replace(own=frozenset([load.attributes] if name else []))
 
@@ -456,7 +573,8 @@ def _what_own_does(
         elif isinstance(value, types.MethodType) and value.__self__ is module and not rest:
             what = _what_child_does(module, [value.__name__], seen)
         elif rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
-            plain = len(rest) == 1 and isinstance(vars_of(value).get(rest[0]), _DATA)
+            held = vars_of(value)
+            plain = len(rest) == 1 and rest[0] in held and isinstance(held[rest[0]], _DATA)
             what = None if plain else f"uses its {name}, and it is not known what that does"
         else:
             what = _of_value(value, f"its {name}", False, {}).always

@@ -79,7 +79,7 @@ def seat_on(chain: Chain, members: Sequence[nn.Module]) -> nn.Module:
     bench.__dict__.update(
         _members=tuple(map(weakref.ref, members)),
         forward=MethodType(seat.kernel, bench) if is_method else seat.kernel,
-        prepared=prepared_by(seat.kernel, members),
+        prepared=prepared_by(seat.kernel, seat._roles, members),
     )
     return bench  # type: ignore[no-any-return]
 

@@ -39,6 +39,7 @@ else:
     _Mixin = object
 
 KEY = "_fusion"
+_COMPLETE = "_fusion_class_is_complete"
 _NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009
 
 
@@ -329,15 +330,41 @@ def _swapped_class(
         if is_boundary:
             namespace["forward"] = _guarded_forward(original)
         mixins = tuple(mixin for mixin in (role, _Boundary if is_boundary else None) if mixin)
-        metaclass: Any = type(original)
+        metaclass_of_original: Any = type(original)
+        metaclass = _handing_on(metaclass_of_original)
         # What goes by the name or the text of a class finds it as before: registries, wrapping
         # policies of FSDP and accelerate, the `architectures` in a config.
         cls = metaclass(original.__name__, (*mixins, original), namespace)
         assert cls is not None
         cls.__qualname__ = original.__qualname__
         _wrap_as_subclasses_are(cls, original)
+        type.__setattr__(cls, _COMPLETE, True)
         cls = _CLASSES.setdefault(key, cls)
     return cls
+
+
+@functools.cache
+def _handing_on(metaclass: Any) -> Any:
+    """A metaclass of swapped classes: what is set on one is set on the class it stands for.
+
+    Whoever patches `type(module)` means the class that the module had, and so every instance of
+    it, fused or not.
+    """
+
+    def __setattr__(cls: Any, name: str, value: Any) -> None:
+        if _COMPLETE in cls.__dict__:
+            setattr(cls.__dict__[ORIGINAL], name, value)
+        else:
+            metaclass.__setattr__(cls, name, value)
+
+    def __delattr__(cls: Any, name: str) -> None:
+        if _COMPLETE in cls.__dict__:
+            delattr(cls.__dict__[ORIGINAL], name)
+        else:
+            metaclass.__delattr__(cls, name)
+
+    namespace = {"__setattr__": __setattr__, "__delattr__": __delattr__}
+    return type(metaclass.__name__, (metaclass,), namespace)
 
 
 def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:

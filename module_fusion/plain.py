@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
-from .effects import Effect, Read, effect_of, reads_of, settings_of
+from .effects import Code, Effect, Read, code_of, effect_of, reads_of, settings_of
 
 ORIGINAL = "_fusion_original_class"
 SHOWN = "_fusion_shown_name"
@@ -38,6 +39,7 @@ class _Part(NamedTuple):
     effect: Effect | None
     settings: tuple[tuple[str, Any], ...]
     reads: tuple[Read, ...]
+    methods: tuple[str, ...]
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -53,9 +55,15 @@ class MemberForm:
         self.parts: list[_Part] = []
         self.home = original_of(type(member)).__module__
         self.foreign: str | None = None
+        self._methods: dict[tuple[Any, str, Any], None] = {}
+        self._functions: dict[Any, tuple[FunctionType, CodeType, Any]] = {}
         self._add(member, "", -1, "")
-        classes = {original_of(part.cls) for part in self.parts if part.cls is not type(None)}
-        self.forwards = [(cls, cls.forward, cls.__call__) for cls in classes]
+        traced = tuple(
+            entry
+            for entry in self._methods
+            if issubclass(entry[0], nn.Module) and isinstance(entry[2], FunctionType)
+        )
+        self.code = Code(tuple(self._methods), tuple(self._functions.values()), traced)
         parameters = [p for part in self.parts for p in part.parameters]
         self.dtypes = {d for _, d, _ in parameters if d is not None and d.is_floating_point}
         self.devices = {device for _, _, device in parameters if device is not None}
@@ -64,7 +72,7 @@ class MemberForm:
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
         if module is None:
-            self.parts.append(_Part(name, parent, key, type(None), None, (), (), 0, ()))
+            self.parts.append(_Part(name, parent, key, type(None), None, (), (), (), 0, ()))
             return
         parameters = tuple(
             (key, None, None) if p is None else (key, p.dtype, p.device)
@@ -76,12 +84,20 @@ class MemberForm:
             self.foreign = _why_foreign(module, name, self.home)
         settings = settings_of(module, original_of(cls))
         reads = reads_of(module, original_of(cls))
+        methods = self._note_code(code_of(module, original_of(cls)), original_of(cls))
         children = len(module._modules)
         self.parts.append(
-            _Part(name, parent, key, cls, effect, settings, reads, children, parameters)
+            _Part(name, parent, key, cls, effect, settings, reads, methods, children, parameters)
         )
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
+
+    def _note_code(self, code: Code, cls: Any) -> tuple[str, ...]:
+        """Add it to that of the member; names of the methods that an instance must not replace."""
+        self._methods.update(dict.fromkeys(code.methods))
+        self._functions.update({entry[0]: entry for entry in code.functions})
+        names = {name for owner, name, _ in code.methods if issubclass(cls, owner)}
+        return tuple(sorted(names - {"__call__"}))
 
     def why_never_plain(self) -> str | None:
         """The reason why the member is plain at no call as long as it has this form, or None."""
@@ -100,11 +116,11 @@ class MemberForm:
         """
         if self.foreign is not None:
             return role + self.foreign
-        for owner, forward, call in self.forwards:
-            if owner.forward is not forward or owner.__call__ is not call:
-                return f"{role} has a class whose forward was replaced, {owner.__name__}"
+        if reason := self.code.why_not_same():
+            return f"{role} {reason}"
         modules: list[Any] = []
-        for name, parent, key, cls, effect, settings, reads, children, parameters in self.parts:
+        for part in self.parts:
+            name, parent, key, cls, effect, settings, reads, methods, children, parameters = part
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
@@ -119,8 +135,9 @@ class MemberForm:
                 or own["_backward_pre_hooks"]
             ):
                 return f"{role}{name} has a hook"
-            if "forward" in own:
-                return f"{role}{name} has an instance-level forward"
+            for method in methods:
+                if method in own:
+                    return f"{role}{name} has an instance-level {method}"
             if effect is not None and effect.happens(module):
                 return f"{role}{name} {effect.what}"
             for setting, value in settings:

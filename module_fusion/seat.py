@@ -58,16 +58,17 @@ class FusedKernel(nn.Module):
     attributes under their roles. Calling a member inside a kernel runs the member itself.
 
     A kernel's `forward` may have an attribute `prepare`, a function that is called with the
-    members when the kernel takes the seat. What it returns is `self.prepared` from then on;
-    a `ValueError` it raises is the reason why the kernel cannot have these members. If it keeps
-    what it found, it has a `cache_clear`, as `functools.cache` gives; that is called when the
-    chains of one call are fused.
+    members, by their roles, when the kernel takes the seat. What it returns is `self.prepared`
+    from then on; a `ValueError` it raises is the reason why the kernel cannot have these members.
+    If it keeps what it found, it has a `cache_clear`, as `functools.cache` gives; that is called
+    when the chains of one call are fused.
 
     Where its family declares a `WeightLayout`, a kernel reads the packed tensor as
     `self.packed[name]`.
     """
 
     prepared: Any = None
+    _roles: tuple[str, ...] = ()
     _members: tuple[weakref.ref[nn.Module], ...]
     _plan: Plan
     _capabilities: dict[str, bool]
@@ -116,6 +117,14 @@ class FusedKernel(nn.Module):
         if [p.kind for p in found] != [p.kind for p in wanted]:
             taken, given = (", ".join(p.name for p in some) for some in (found, wanted))
             raise TypeError(f"its forward takes ({taken}), the chain's inputs are ({given})")
+        names = _names_of_members(getattr(forward, "prepare", None))
+        if names is not None and sorted(names) != sorted(self._roles):
+            roles = dict(zip(names, ["path.of.its.module"] * len(names), strict=True))
+            raise TypeError(
+                f"its prepare takes ({', '.join(names)}), the roles are "
+                f"({', '.join(self._roles)}). Give the modules the roles it knows: "
+                f"fuse_modules(model, {roles}, ...)"
+            )
 
     def _arm(self) -> None:
         """Tell the members whether a kernel waits for them, and record their form for it."""
@@ -184,7 +193,7 @@ class FusedKernel(nn.Module):
             return reason
         try:
             with around_prepare.get()(self.members()):
-                self.__dict__["prepared"] = prepared_by(self.kernel, self.members())
+                self.__dict__["prepared"] = prepared_by(self.kernel, self._roles, self.members())
         except ValueError as error:
             return f"the kernel refuses: {error}"
         return None
@@ -265,13 +274,25 @@ def _why_not_input(value: Any, tensors: list[Tensor]) -> str | None:
     return None
 
 
-def prepared_by(kernel: Any, members: Sequence[nn.Module]) -> Any:
+def _names_of_members(prepare: Any) -> list[str] | None:
+    """What a kernel's `prepare` calls the members, None where it takes any."""
+    if prepare is None:
+        return None
+    parameters = inspect.signature(prepare).parameters.values()
+    if any(p.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in parameters):
+        return None
+    return [p.name for p in parameters if p.default is Parameter.empty]
+
+
+def prepared_by(kernel: Any, roles: Sequence[str], members: Sequence[nn.Module]) -> Any:
     """What a kernel makes of the members; kept for the next ones only while code is read once."""
     prepare = getattr(kernel, "prepare", None)
     if prepare is None:
         return None
     try:
-        return prepare(*members)
+        if _names_of_members(prepare) is None:
+            return prepare(*members)
+        return prepare(**dict(zip(roles, members, strict=True)))
     finally:
         forget = getattr(prepare, "cache_clear", None)
         if forget is not None and not is_code_read_once():
@@ -338,7 +359,7 @@ def seat_class(kernel: str, roles: tuple[str, ...], plan: Plan) -> type[FusedKer
         forward.__signature__ = plan.signature.replace(  # type: ignore[attr-defined]
             parameters=[first, *plan.signature.parameters.values()]
         )
-        namespace: dict[str, Any] = {"__module__": __name__, "forward": forward}
+        namespace: dict[str, Any] = {"__module__": __name__, "forward": forward, "_roles": roles}
         for index, role in enumerate(roles):
             namespace[role] = _role(index)
         cls = use_kernel_forward_from_hub(kernel)(type(kernel, (FusedKernel,), namespace))

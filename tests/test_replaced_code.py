@@ -1,0 +1,322 @@
+"""Code and settings that are replaced after fusing count, and the report says so."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import mapped, members_kernel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from module_fusion import NotFusableError, fuse, fuse_modules, report, unfuse_modules
+from module_fusion.modules import RegistryCollector
+
+HIDDEN, INTERMEDIATE = 32, 64
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class HelperNorm(nn.Module):
+    """It calls a function of this file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(HIDDEN)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * normalised(x, self.eps)
+
+
+class Norm(HelperNorm):
+    """It calls a method of its own."""
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self._norm(x)
+
+
+class DerivedNorm(Norm):
+    """It calls what its base class has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Activation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+    def once(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(HIDDEN, INTERMEDIATE), nn.Linear(HIDDEN, INTERMEDIATE)
+        self.down, self.act = nn.Linear(INTERMEDIATE, HIDDEN), Activation()
+
+    def gated(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return F.silu(x) * factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gated(self.gate(x)) * self.up(x))
+
+
+class StaticMlp(Mlp):
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class ChildMlp(Mlp):
+    """It reads a number and calls a method of its child."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act.once(self.gate(x)) * self.act.factor * self.up(x))
+
+
+class PartialMlp(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.act
+        self.act = functools.partial(F.gelu, approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def thrice(*args: Any) -> Tensor:
+    return 3 * args[-1] if isinstance(args[-1], Tensor) else 3 * args[-2]
+
+
+def other_code(self: nn.Module, x: Tensor, factor: float = 1.0) -> Tensor:
+    return F.silu(x) * factor * 3
+
+
+Patch = pytest.MonkeyPatch
+CHANGES: dict[str, tuple[type, type, Callable[[Patch, Any], None], str]] = {
+    "a method on the instance": (
+        Norm, Mlp, lambda patch, b: setattr(b.norm, "_norm", thrice),
+        "norm has an instance-level _norm",
+    ),
+    "a method of the class": (
+        Norm, Mlp, lambda patch, b: patch.setattr(Norm, "_norm", thrice),
+        "norm has a class whose _norm was replaced, Norm",
+    ),
+    "a method of the base class": (
+        DerivedNorm, Mlp, lambda patch, b: patch.setattr(Norm, "forward", thrice),
+        "norm has a class whose forward was replaced, Norm",
+    ),
+    "a function of the file": (
+        HelperNorm, Mlp, lambda patch, b: patch.setitem(globals(), "normalised", thrice),
+        "norm reads another normalised than when the kernel was chosen; fuse again",
+    ),
+    "a static method": (
+        Norm, StaticMlp,
+        lambda patch, b: patch.setattr(StaticMlp, "activation", staticmethod(F.gelu)),
+        "mlp has a class whose activation was replaced, StaticMlp",
+    ),
+    "code, as a notebook reloads it": (
+        Norm, Mlp, lambda patch, b: patch.setattr(Mlp.gated, "__code__", other_code.__code__),
+        "mlp runs Mlp.gated, whose code was replaced",
+    ),
+    "a default": (
+        Norm, Mlp, lambda patch, b: patch.setattr(Mlp.gated, "__defaults__", (3.0,)),
+        "mlp runs Mlp.gated, whose code was replaced",
+    ),
+    "a child's number": (
+        Norm, ChildMlp, lambda patch, b: setattr(b.mlp.act, "factor", 3.0),
+        "mlp reads another act.factor than when the kernel was chosen; fuse again",
+    ),
+    "a child's method": (
+        Norm, ChildMlp, lambda patch, b: setattr(b.mlp.act, "once", F.gelu),
+        "mlp reads another act.once than when the kernel was chosen; fuse again",
+    ),
+    "another partial": (
+        Norm, PartialMlp, lambda patch, b: setattr(b.mlp, "act", functools.partial(F.silu)),
+        "mlp reads another act than when the kernel was chosen; fuse again",
+    ),
+    "a partial's keyword": (
+        Norm, PartialMlp, lambda patch, b: b.mlp.act.keywords.update(approximate="none"),
+        "mlp reads another act than when the kernel was chosen; fuse again",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_replaced_after_fusing_runs_and_the_report_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, mlp, change, reason = CHANGES[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(norm, mlp)), torch.randn(4, HIDDEN)
+    fuse(model)
+    model(x)
+    assert report(model).groups[0].kernel_calls == 1
+    change(monkeypatch, model[0])
+    found = model(x)
+    group = report(model).groups[0]
+    assert (group.kernel_calls, group.member_calls) == (1, 1)
+    assert str(group.reason).startswith(reason)
+    unfuse_modules(model)
+    assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_convolution_whose_product_was_replaced_runs_itself(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 14, stride=14), nn.Identity()).bfloat16()
+    x = torch.randn(2, 3, 28, 28, dtype=torch.bfloat16)
+    fuse_modules(model, {"proj": "0"}, kernel="PatchEmbed")
+    model(x)
+
+    def tripled(self: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, 3 * weight, bias, self.stride)
+
+    if where == "instance":
+        model[0]._conv_forward = types.MethodType(tripled, model[0])
+    else:
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", tripled)
+    found = model(x)
+    assert (report(model).groups[0].kernel_calls, report(model).groups[0].member_calls) == (1, 1)
+    assert "_conv_forward" in str(report(model).groups[0].reason)
+    unfuse_modules(model)
+    assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: 3.0 if torch.get_default_dtype() is torch.float64 else 1.0,
+        lambda: 3.0 if torch.are_deterministic_algorithms_enabled() else 1.0,
+        lambda: 3.0 if torch.is_inference_mode_enabled() else 1.0,
+    ],
+)
+def test_a_member_that_asks_for_what_may_change_unseen_is_left_alone(asked: Any) -> None:
+    class Asks(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * asked() * self.up(x))
+
+    result = fuse(nn.Sequential(Block(Norm, Asks)), {"rms_norm_mlp": True})
+    assert not result.fused
+    assert "it is not known what that does" in str(result.skipped[0].reason)
+
+
+def test_a_member_that_reads_a_property_of_an_object_is_left_alone() -> None:
+    class Config:
+        @property
+        def factor(self) -> float:
+            return 1.0
+
+    class Configured(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.config.factor * self.up(x))
+
+    result = fuse(nn.Sequential(Block(Norm, Configured)), {"rms_norm_mlp": True})
+    assert not result.fused
+    assert "uses its config, and it is not known what" in str(result.skipped[0].reason)
+
+
+class WithMetaclass(Mlp, abc.ABC):
+    """A class of a metaclass."""
+
+
+@pytest.mark.parametrize("cls", [Mlp, WithMetaclass])
+@pytest.mark.parametrize("with_kernel", [False, True])
+def test_what_is_set_on_the_class_of_a_member_is_set_on_the_class_it_had(
+    cls: type[nn.Module], with_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
+    kernel = members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel" if with_kernel else None)
+    monkeypatch.setattr(cls, "forward", cls.forward)  # It is as it was after the test.
+
+    def thrice(self: nn.Module, x: Tensor) -> Tensor:
+        return 3 * x
+
+    type(model[0].mlp).forward = thrice
+    assert cls.forward is thrice
+    expected = x + 3 * model[0].norm(x)
+    assert torch.equal(model(x), expected)
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+    type(model[0].mlp).mark = 1
+    fuse_modules(model, ["0.norm", "0.mlp"])
+    del type(model[0].mlp).mark
+    assert not hasattr(cls, "mark")
+
+
+def test_a_class_that_is_made_from_a_swapped_one_keeps_what_is_set_on_it() -> None:
+    model = nn.Sequential(Block(Norm, Mlp))
+    fuse_modules(model, ["0.norm", "0.mlp"])
+    swapped = type(model[0].norm)
+    assert issubclass(swapped, RegistryCollector)
+    derived = type("Derived", (swapped,), {})
+    derived.mark = 1
+    assert derived.mark == 1
+    assert not hasattr(Norm, "mark")
+    del derived.mark
+
+
+@pytest.mark.parametrize(
+    ("kernel", "modules", "names"),
+    [
+        (
+            "RMSNormMLP",
+            {"first": "0.norm", "mlp": "0.mlp"},
+            r"takes \(norm, mlp\), .*\(first, mlp\)",
+        ),
+        ("RMSNormMLP", ["0.mlp"], r"takes \(norm, mlp\), .*\(mlp\)"),
+        ("PatchEmbed", {"conv": "0.mlp"}, r"takes \(proj\), .*\(conv\)"),
+    ],
+)
+def test_roles_that_a_kernel_does_not_know_are_an_error_before_anything_changes(
+    kernel: str, modules: Any, names: str
+) -> None:
+    model = nn.Sequential(Block(Norm, Mlp))
+    with pytest.raises(NotFusableError, match=names):
+        fuse_modules(model, modules, kernel=kernel)
+    assert type(model[0].mlp) is Mlp
+
+
+def test_roles_that_are_exchanged_are_refused_with_the_reason() -> None:
+    model, x = nn.Sequential(Block(Norm, Mlp)), torch.randn(4, HIDDEN)
+    expected = model(x)
+    fuse_modules(model, {"mlp": "0.norm", "norm": "0.mlp"}, kernel="RMSNormMLP")
+    assert torch.equal(model(x), expected)
+    assert str(report(model).groups[0].reason).startswith("the kernel refuses:")
