@@ -143,7 +143,7 @@ class Packer:
                 raise _Refused(f"{what} is on {parameter.device}, {parameter.layout}")
             if parameter.is_inference():
                 raise _Refused(f"{what} was made in inference mode")
-            if parameter.device.type == "cpu" and parameter.is_shared():
+            if parameter.device.type == "cpu" and parameter.is_shared():  # type: ignore[no-untyped-call]
                 raise _Refused(f"{what} is in memory that other processes share")
             if parameter.device.type == "cpu" and parameter.is_pinned():
                 raise _Refused(f"{what} is in pinned memory")
