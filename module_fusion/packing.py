@@ -8,7 +8,7 @@ it cannot be older than they are, and costs nothing of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +33,12 @@ class WeightView(NamedTuple):
         """The parameter's path, relative to its member."""
         return ".".join((*self.modules, self.key))
 
-    def owner(self, members: Sequence[nn.Module]) -> nn.Module | None:
-        """The module that has the parameter, None if it is no longer there."""
+    def parameter(self, members: Sequence[nn.Module]) -> nn.Parameter | None:
+        """The parameter itself, None if it is no longer there."""
         module: nn.Module | None = members[self.member]
         for name in self.modules:
             module = None if module is None else module._modules.get(name)
-        return module
+        return None if module is None else module._parameters.get(self.key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,7 @@ class Packing:
         offset: of the packed tensor in its storage.
         dtype: of all of them.
         storage: the memory, which the parameters keep alive, and this does not.
+        refused: why the weights could not be packed again, and where they were then.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Packing:
     offset: int
     dtype: torch.dtype
     storage: StorageWeakRef | None
+    refused: tuple[str, list[int | None]] | None = None
 
     def is_current(self, members: Sequence[nn.Module]) -> bool:
         """Whether every weight is in its place in the packed tensor."""
@@ -72,8 +74,7 @@ class Packing:
             return False
         start, size = storage.data_ptr(), self.dtype.itemsize
         for view in self.views:
-            owner = view.owner(members)
-            parameter = None if owner is None else owner._parameters.get(view.key)
+            parameter = view.parameter(members)
             if (
                 type(parameter) is not nn.Parameter
                 or parameter.data_ptr() != start + view.offset * size
@@ -92,6 +93,26 @@ class Packing:
             return None
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         return empty.set_(storage, self.offset, self.shape, self.stride)
+
+    def refused_for(self, reason: str, members: Sequence[nn.Module]) -> Packing:
+        """The same, with the reason why these weights could not be packed again."""
+        return replace(self, refused=(reason, self._places(members)))
+
+    def why_not_current(self, members: Sequence[nn.Module]) -> str | None:
+        """Why there is no packed tensor, None if there is one."""
+        if self.is_current(members):
+            return None
+        left = f"the weights left the packed layout {self.name!r}"
+        if self.refused is not None and self.refused[1] == self._places(members):
+            return f"{left}, and when fuse was called: {self.refused[0]}"
+        return f"{left}; fuse again"
+
+    def _places(self, members: Sequence[nn.Module]) -> list[int | None]:
+        parameters = [view.parameter(members) for view in self.views]
+        return [
+            p.data_ptr() if type(p) is nn.Parameter and p.layout is torch.strided else None
+            for p in parameters
+        ]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the packed memory."""
@@ -144,8 +165,9 @@ def why_not_packed(packings: Sequence[Packing], members: Sequence[nn.Module]) ->
     if torch.compiler.is_dynamo_compiling():
         return "a compiled graph cannot check that the weights are still packed"
     for packing in packings:
-        if not packing.is_current(members):
-            return f"the weights left the packed layout {packing.name!r}; fuse again"
+        reason = packing.why_not_current(members)
+        if reason is not None:
+            return reason
     return None
 
 

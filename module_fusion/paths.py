@@ -56,7 +56,7 @@ def find_groups(model: nn.Module, paths: Sequence[str]) -> tuple[list[Group], li
         SpecMismatchError: two paths have different numbers of wildcards.
     """
     matches = [_matches_or_error(model, path) for path in paths]
-    _check_wildcard_counts(paths)
+    check_wildcard_counts(paths)
     by_binding = [{match.bindings: match for match in found} for found in matches]
     bound = [found for found in by_binding if () not in found]
     keys = list(dict.fromkeys(key for found in bound for key in found)) or [()]
@@ -119,7 +119,19 @@ def check_paths(paths: object) -> tuple[str, ...]:
                 f"{path!r} is not a path: it names no module, or has an empty segment. "
                 f"The model itself cannot be a member; name modules inside it."
             )
+        for segment in path.split("."):
+            _check_segment(segment)
     return tuple(paths)
+
+
+def _check_segment(segment: str) -> None:
+    """Say what is wrong with a segment, whether or not a module has children for it."""
+    sliced = _SLICE.match(segment)
+    if sliced and (not sliced["prefix"] or _is_slice(sliced)):
+        _selected(sliced["slice"], [])
+        _check_segment(sliced["prefix"])
+    elif _MAGIC.search(segment) and segment != "**":
+        _compiled(segment)
 
 
 def _matches_or_error(model: nn.Module, path: str) -> list[Match]:
@@ -190,6 +202,10 @@ def _numbered(module: nn.Module, text: str) -> list[str]:
         name for name, child in module._modules.items() if name.isdigit() and child is not None
     ]
     names.sort(key=int)
+    return _selected(text, names)
+
+
+def _selected(text: str, names: list[str]) -> list[str]:
     if ":" not in text:
         return names[int(text) :][:1] if -len(names) <= int(text) < len(names) else []
     selection = slice(*(int(part) if part else None for part in text.split(":")))
@@ -231,7 +247,8 @@ def _wildcards(path: str) -> int:
     return count
 
 
-def _check_wildcard_counts(paths: Sequence[str]) -> None:
+def check_wildcard_counts(paths: Sequence[str]) -> None:
+    """Say which paths of one chain have different numbers of wildcards."""
     counts = {path: _wildcards(path) for path in paths if _wildcards(path)}
     if len(set(counts.values())) > 1:
         raise SpecMismatchError(

@@ -38,7 +38,7 @@ from module_fusion import (
     report,
     unfuse_modules,
 )
-from module_fusion.families import certificate
+from module_fusion.families import WeightLayout, certificate
 from module_fusion.families.dataflow import feeding_pairs
 from module_fusion.plain import MemberForm
 
@@ -622,6 +622,63 @@ def test_a_family_without_a_name_is_refused() -> None:
         register_family(Nameless())
     with pytest.raises(NotFusableError, match="A family is a FusionFamily, not int"):
         register_family(3)
+
+
+PATHS = (
+    "paths of the family 'bad' is a tuple of tuples, each with a path for every role (norm, mlp)"
+)
+NORM, MLP = "layers.*.norm", "layers.*.mlp"
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("name", 5, "name of the family 5 is a text, such as 'norm_linear', not 5."),
+        ("kernel", 5, "kernel of the family 'bad' is the layer name in a kernel mapping, such as"),
+        ("kernel", "my-kernel", "such as 'RMSNormMLP', not 'my-kernel'."),
+        ("roles", "proj", "roles of the family 'bad' is a tuple of names, such as ('norm', 'mlp')"),
+        ("roles", ("a", "a"), "'a' cannot be the name by which a kernel reaches a member"),
+        ("roles", ["norm"], "is a tuple of names, such as ('norm', 'mlp'), not ['norm']."),
+        ("roles", ("a", 5), "is a tuple of names, such as ('norm', 'mlp'), not ('a', 5)."),
+        ("roles", ("forward",), "'forward' cannot be the name by which a kernel reaches a member"),
+        ("inputs", "1", "inputs of the family 'bad' is a number of tensors from 1 on, or None for"),
+        ("inputs", 0, "or None for any number, not 0."),
+        ("inputs", True, "or None for any number, not True."),
+        ("layouts", None, "layouts of the family 'bad' is a tuple of WeightLayout, each with a"),
+        ("layouts", (WeightLayout("a", "mlp.weight"),), "is a tuple of paths, not 'mlp.weight'"),  # type: ignore[arg-type]
+        ("layouts", (WeightLayout([], ("mlp.weight",)),), "each with a name of its own, not"),  # type: ignore[arg-type]
+        ("layouts", (WeightLayout("a", (5,)),), "is a tuple of paths, not (5,)"),  # type: ignore[arg-type]
+        ("paths", None, PATHS),
+        ("paths", f"{NORM}", PATHS),
+        ("paths", (NORM, MLP), f"{PATHS}, such as (('layers.*.norm', 'layers.*.mlp'),), not"),
+        ("paths", ((NORM,),), PATHS),
+        ("paths", ((5, 6),), "paths of the family 'bad': A path is a string such as"),
+        ("paths", (("layers..norm", MLP),), "paths of the family 'bad': 'layers..norm' is not a"),
+        (
+            "paths",
+            ((NORM, "layers.[b-a].mlp"),),
+            "paths of the family 'bad': '[b-a]' is not a glob",
+        ),
+        ("paths", (("nowhere.[::0].norm", MLP),), "'[::0]' is not a slice: its step is zero."),
+        ("paths", (("a[::0][1:].norm", MLP),), "'[::0]' is not a slice: its step is zero."),
+        ("paths", ((NORM, "*.*.mlp"),), "'layers.*.norm' has 1, '*.*.mlp' has 2"),
+    ],
+)
+def test_a_family_that_says_something_wrong_of_itself_is_not_registered(
+    attribute: str, value: Any, message: str
+) -> None:
+    said = {"name": "bad", "kernel": "Kernel", "roles": ("norm", "mlp"), attribute: value}
+    with pytest.raises(NotFusableError) as error:
+        register_family(type("Bad", (FusionFamily,), said))
+    assert message in str(error.value)
+    with pytest.raises(NotFusableError, match="There is no family"):
+        fuse(nn.Module(), {said["name"]: True})
+
+
+def test_paths_of_a_family_may_be_lists() -> None:
+    register_family(type("Lists", (BlocksFamily,), {"name": "lists", "paths": [[NORM, MLP]]}))
+    with mapped(Blocks=WeightKernel):
+        assert len(fuse(Model(2), {"lists": True}).fused) == 2
 
 
 def test_a_name_that_is_taken_is_refused_and_the_same_class_again_is_not() -> None:

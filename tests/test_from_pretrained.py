@@ -15,7 +15,7 @@ import pytest
 import torch
 from kernels import Mode
 from packed import PackedNormMLP, PackedNormMLPFamily
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import mapped
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -248,7 +248,19 @@ def test_a_stored_family_that_no_longer_fits_is_a_warning_and_the_others_are_fus
     assert model.config.module_fusion == value
 
 
-@pytest.mark.parametrize("value", [3, [1], {"families": "all"}, {"families": [["a"]]}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        [1],
+        {"families": "all"},
+        {"families": [["a"]]},
+        {"families": [[["a"], True]]},
+        {"packed": True},
+        {"packed": {"a": 1}},
+        {"packed": {"model.layers.0.mlp.fused_kernel.x": {}}},
+    ],
+)
 def test_a_stored_config_that_cannot_be_read_is_a_warning(folder: Path, value: Any) -> None:
     rewrite(folder, value)
     with pytest.warns(UserWarning, match="the stored config cannot be read"):
@@ -275,6 +287,8 @@ def test_the_whole_report_is_logged(folder: Path, caplog: pytest.LogCaptureFixtu
         ({"rms_norm_mlp": 3}, FusionError, "The options of 'rms_norm_mlp' are"),
         ({"rms_norm_mlp": {"mode": "FAST"}}, NotFusableError, "or its name, not 'FAST'"),
         (3, FusionError, "families is True or a mapping"),
+        ([[["a"], True]], FusionError, r"no list of names with options: \[\[\['a'\], True\]\]"),
+        ([[{"a": 1}, True]], FusionError, "no list of names with options"),
     ],
 )
 def test_a_bad_config_is_an_error_before_anything_is_loaded(
@@ -343,6 +357,8 @@ def test_the_packed_format_loads_back_with_the_same_bits(
     names = unpacked_weights(tmp_path / "packed")
     assert names["model.layers.0.mlp.fused_kernel.gate_up"].shape == (128, 32)
     assert not any("gate_proj" in name or "up_proj" in name for name in names)
+    layouts = names.pop("module_fusion.layouts")
+    assert json.loads(bytes(layouts.tolist())) == packed_layouts(model)
     assert sum(v.nbytes for v in names.values()) == sum(p.nbytes for p in model.parameters())
 
     again, info = from_pretrained(cls, tmp_path / "packed", output_loading_info=True)
@@ -375,32 +391,129 @@ def test_plain_transformers_does_not_take_packed_weights_for_its_own(
         save_pretrained(model, tmp_path / "x", save_original_format=False, variant="fp16")
 
 
-def test_an_original_save_over_a_packed_one_is_the_one_that_is_loaded(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_with_the_weights_in_both_formats_is_refused_with_the_way_out(
+    folder: Path, tmp_path: Path, shards: int
 ) -> None:
     model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
-    save_pretrained(model, tmp_path / "both", save_original_format=False)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(2)
-    model.save_pretrained(tmp_path / "both")
-    again = from_pretrained(LlamaForCausalLM, tmp_path / "both")
+    options: dict[str, Any] = {} if shards == 1 else {"max_shard_size": "40KB"}
+    both = tmp_path / "both"
+    save_pretrained(model, both, save_original_format=False, **options)
+    trained = LlamaForCausalLM(LlamaConfig.from_pretrained(both))
+    trained.save_pretrained(both)
+    with pytest.raises(FusionError) as error:
+        from_pretrained(LlamaForCausalLM, both)
+    name = "model.packed.safetensors" if shards == 1 else "model.safetensors.index.packed.json"
+    assert str(error.value) == (
+        f"{both} has the weights twice, in the packed format, {name}, and in the original one, "
+        f"model.safetensors, and nothing says which are newer. Remove the files of one of them; "
+        f"those of the packed format have '.packed' in their names."
+    )
+    for file in both.glob("*.packed*"):
+        file.unlink()
+    assert same_bits(from_pretrained(LlamaForCausalLM, both).state_dict(), trained.state_dict())
+
+
+def test_the_config_of_a_packed_checkpoint_may_be_saved_beside_other_weights(
+    folder: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False)
+    assert stored(tmp_path / "packed") == {"families": [["packed_norm_mlp", True]]}
+    other = LlamaForCausalLM(LlamaConfig.from_pretrained(tmp_path / "packed"))
+    other.save_pretrained(tmp_path / "other")
+    again = from_pretrained(LlamaForCausalLM, tmp_path / "other")
+    assert same_bits(again.state_dict(), other.state_dict())
+    assert kernels_of(again) == {"PackedNormMLP"}
+
+
+def test_packed_weights_need_no_entry_in_the_config(folder: Path, tmp_path: Path) -> None:
+    model = llama()
+    fuse(model, PACKED)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False)
+    assert stored(tmp_path / "packed") is None
+    assert not hasattr(model.config, "module_fusion")
+    again, info = from_pretrained(LlamaForCausalLM, tmp_path / "packed", output_loading_info=True)
+    assert not any(info.values())
+    assert not report(again).groups
     assert same_bits(again.state_dict(), model.state_dict())
 
 
-def test_a_save_that_fails_leaves_the_config_as_it_was(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shards", [1, 3])
+def test_packed_weights_saved_again_in_more_or_fewer_files_are_the_ones_that_are_loaded(
+    folder: Path, tmp_path: Path, shards: int
 ) -> None:
-    model = llama()
-    fuse(model, PACKED)
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    options: list[dict[str, Any]] = [{"max_shard_size": "40KB"}, {}]
+    first, second = options if shards == 1 else reversed(options)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False, **first)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False, **second)
+    again = from_pretrained(LlamaForCausalLM, tmp_path / "packed")
+    assert same_bits(again.state_dict(), model.state_dict())
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        assert "packed" in model.config.module_fusion
-        raise RuntimeError("no more")
 
-    monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(RuntimeError, match="no more"):
-        save_pretrained(model, tmp_path / "packed", save_original_format=False)
-    assert not hasattr(model.config, "module_fusion")
+def test_packed_files_that_are_not_all_there_are_an_error(folder: Path, tmp_path: Path) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    shards, single = tmp_path / "shards", tmp_path / "single"
+    save_pretrained(model, shards, save_original_format=False, max_shard_size="40KB")
+    lost = sorted(shards.glob("*.safetensors"))[0]
+    lost.unlink()
+    with pytest.raises(FusionError, match=f"names {lost.name}, which is not there"):
+        from_pretrained(LlamaForCausalLM, shards)
+    save_pretrained(model, single, save_original_format=False)
+    save_file({"a": torch.zeros(1)}, single / "model.packed.safetensors")
+    with pytest.raises(FusionError, match=r"model\.packed\.safetensors do not say how"):
+        from_pretrained(LlamaForCausalLM, single)
+
+
+@pytest.mark.parametrize("subfolder", ["", "model"])
+def test_a_packed_checkpoint_of_the_hub_is_found(
+    folder: Path, tmp_path: Path, subfolder: str
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    repository = tmp_path / "cache" / "models--mine--packed"
+    save_pretrained(model, repository / "snapshots" / "123" / subfolder, save_original_format=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("123")
+    again = from_pretrained(
+        LlamaForCausalLM,
+        "mine/packed",
+        subfolder=subfolder,
+        cache_dir=tmp_path / "cache",
+        local_files_only=True,
+    )
+    assert same_bits(again.state_dict(), model.state_dict())
+    assert kernels_of(again) == {"PackedNormMLP"}
+    assert again.name_or_path == "mine/packed"
+
+
+def test_another_variant_is_what_transformers_loads(folder: Path, tmp_path: Path) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False)
+    llama().save_pretrained(tmp_path / "packed", variant="other")
+    again = from_pretrained(LlamaForCausalLM, tmp_path / "packed", variant="other")
+    assert same_bits(again.state_dict(), llama().state_dict())
+    with pytest.raises(OSError, match=r"model\.fp16\.safetensors"):
+        from_pretrained(LlamaForCausalLM, tmp_path / "packed", variant="fp16")
+
+
+def test_the_config_of_the_checkpoint_counts_where_another_one_is_given(
+    folder: Path, tmp_path: Path
+) -> None:
+    given = LlamaConfig.from_pretrained(folder)
+    from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED).save_pretrained(tmp_path / "a")
+    model = from_pretrained(LlamaForCausalLM, tmp_path / "a", config=given)
+    assert kernels_of(model) == {"PackedNormMLP"}
+    assert model.config.module_fusion == {"families": [["packed_norm_mlp", True]]}
+    assert not hasattr(given, "module_fusion")
+    given.module_fusion = {"families": [["rms_norm_mlp", True]]}
+    model = from_pretrained(LlamaForCausalLM, tmp_path / "a", config=given)
+    assert kernels_of(model) == {"PackedNormMLP"}
+    # Where the checkpoint says nothing, the config that is given may.
+    assert kernels_of(from_pretrained(LlamaForCausalLM, folder, config=given)) == {"RMSNormMLP"}
 
 
 def test_a_model_without_layouts_has_one_format(folder: Path, tmp_path: Path) -> None:

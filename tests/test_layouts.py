@@ -306,6 +306,34 @@ def test_weights_that_cannot_be_packed_again_are_left_where_they_are(
     }
     assert [p.data_ptr() for p in model.parameters()] == where
     assert not kernel_runs(model, x)
+    assert reasons(model) == {
+        "the weights left the packed layout 'gate_up', and when fuse was called: "
+        "mlp.gate_proj.weight cannot be packed: it is a view of a larger storage"
+    }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert not kernel_runs(model, x)
+    assert reasons(model) == LEFT
+    fuse(model, FAMILY)
+    assert kernel_runs(model, x)
+
+
+def test_why_weights_could_not_be_packed_again_is_taken_back_with_the_call(
+    model: Model, x: Tensor
+) -> None:
+    fuse(model, FAMILY)
+    move(model, "vector")
+    fuse(model, FAMILY, dry_run=True)
+    assert not kernel_runs(model, x)
+    assert reasons(model) == LEFT
+    with pytest.raises(ValueError, match=r"no\.such"):
+        fuse(model, {**FAMILY, "patch_embeddings": {"include": "no.such.path"}})
+    assert not kernel_runs(model, x)
+    assert reasons(model) == LEFT
+    fuse(model, FAMILY)
+    twin = copy.deepcopy(model)
+    assert not kernel_runs(twin, x)
+    assert reasons(twin) == LEFT
 
 
 def test_in_place_loads_go_through_the_views(model: Model, x: Tensor) -> None:
@@ -613,6 +641,12 @@ def spoil(model: Any, how: str) -> str:
         with torch.inference_mode():
             up.weight = nn.Parameter(up.weight.clone(), requires_grad=False)
         return f"{what} was made in inference mode"
+    if how == "shared memory":
+        up.weight.share_memory_()
+        return f"{what} is in memory that other processes share"
+    if how == "pinned":
+        up.weight.data = up.weight.data.pin_memory()
+        return f"{what} is in pinned memory"
     assert how == "meta"
     mlp.to("meta")
     return "mlp.gate_proj.weight is on the meta device: load the weights, then fuse"
@@ -627,14 +661,20 @@ SPOILS = [
     "another dtype",
     "strides",
     "inference mode",
+    "shared memory",
+    "pinned",
     "meta",
 ]
 
 
 @pytest.mark.parametrize("how", SPOILS)
 def test_weights_that_cannot_be_moved_without_a_trace_are_left_alone(
-    model: Model, how: str
+    model: Model, how: str, device: str
 ) -> None:
+    if how == "shared memory" and device != "cpu":
+        pytest.skip("weights on a GPU are always in memory that processes can share")
+    if how == "pinned" and not (torch.cuda.is_available() and device == "cpu"):
+        pytest.skip("pinned memory needs weights on the CPU of a machine with a GPU")
     reason = spoil(model, how)
     where = [(id(p), p.data_ptr()) for p in model.layers[0].parameters()]
     done = fuse(model, FAMILY)
@@ -643,6 +683,16 @@ def test_weights_that_cannot_be_moved_without_a_trace_are_left_alone(
     assert len(done.fused) == (1 if both else 2)
     assert [(id(p), p.data_ptr()) for p in model.layers[0].parameters()] == where
     assert "_fusion" not in vars(model.layers[0].mlp)
+    assert how != "shared memory" or model.layers[0].mlp.up_proj.weight.is_shared()
+
+
+def test_weights_that_say_they_are_pinned_are_left_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: True)
+    reasons = {group.reason for group in fuse(model, FAMILY).skipped}
+    pinned = {"mlp.gate_proj.weight cannot be packed: it is in pinned memory"}
+    assert reasons == (pinned if device == "cpu" else set())
 
 
 @pytest.mark.parametrize("where", ["certificate", "later family"])

@@ -382,6 +382,16 @@ def test_a_slice_with_step_zero_is_refused(path: str) -> None:
         fuse_modules(Model(1), [path])
 
 
+@pytest.mark.parametrize(
+    "segment", ["[b-a]", "x[b-a]", "[::0]", "x[::0]", "[::0][1:]", "[b-a][1:]"]
+)
+def test_a_path_that_is_none_is_refused_as_such_where_nothing_around_it_matches(
+    segment: str,
+) -> None:
+    with pytest.raises(PathNotFoundError, match=r"is not a (slice|glob segment): "):
+        fuse_modules(Model(1), [f"nowhere.{segment}.norm"])
+
+
 def test_different_numbers_of_wildcards_are_refused() -> None:
     with pytest.raises(SpecMismatchError) as caught:
         fuse_modules(Model(1), ["*.*.norm", "layers.*.mlp"])

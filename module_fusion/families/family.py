@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import FusionError, NotFusableError, PathNotFoundError
 from ..paths import find_groups
+from .declarations import check_family
 from .layout import WeightLayout
 
 _FAMILIES: dict[str, FusionFamily] = {}
@@ -88,20 +89,15 @@ def register_family(family: Family) -> Family:
         family: an instance, or a class that is made without arguments.
 
     Raises:
-        NotFusableError: it lacks a name, a kernel or roles, or its name is taken.
+        NotFusableError: it lacks a name, a kernel or roles, an attribute is none of its kind, or
+            its name is taken.
     """
     instance: Any = family() if isinstance(family, type) else family
     if not isinstance(instance, FusionFamily):
         raise NotFusableError(
             f"A family is a FusionFamily, not {type(instance).__name__}. Subclass FusionFamily."
         )
-    for attribute in ("name", "kernel", "roles"):
-        if not getattr(instance, attribute, None):
-            raise NotFusableError(
-                f"The family {type(instance).__name__} has no {attribute}. Set it as a class "
-                f"attribute."
-            )
-    _check_layouts(instance)
+    check_family(instance)
     known = _FAMILIES.setdefault(instance.name, instance)
     if known is not instance and _name_of(known) != _name_of(instance):
         raise NotFusableError(
@@ -120,29 +116,6 @@ def _name_of(family: FusionFamily) -> tuple[str, str]:
 def family_named(name: str | None) -> FusionFamily | None:
     """The registered family of that name."""
     return _FAMILIES.get(name or "")
-
-
-def _check_layouts(family: FusionFamily) -> None:
-    names = [layout.name for layout in family.layouts if isinstance(layout, WeightLayout)]
-    if len(names) != len(family.layouts) or len(names) != len(set(names)):
-        raise NotFusableError(
-            f"layouts of the family {family.name!r} is a tuple of WeightLayout, each with a name "
-            f"of its own, not {family.layouts!r}."
-        )
-    paths = [path for layout in family.layouts for path in layout.weights]
-    for layout in family.layouts:
-        for path in layout.weights:
-            if path.partition(".")[0] not in family.roles or "." not in path:
-                raise NotFusableError(
-                    f"{path!r} in the layout {layout.name!r} has to be the path of a parameter, "
-                    f"starting with a role of the family {family.name!r}: "
-                    f"{', '.join(family.roles)}."
-                )
-        if not layout.weights or any(paths.count(path) > 1 for path in layout.weights):
-            raise NotFusableError(
-                f"The layout {layout.name!r} of the family {family.name!r} names no weight, or one "
-                f"that is packed already."
-            )
 
 
 def chosen_families(

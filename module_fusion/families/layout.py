@@ -99,7 +99,8 @@ class Packer:
             self._holders = _holders(self._model)
             self._packings = _packings_in(self._model)
         before: list[tuple[Tensor, Tensor]] = []
-        self._undo[id(chain)] = (chain, chain.packings, before)
+        had = chain.packings
+        self._undo[id(chain)] = (chain, had, before)
         try:
             for packing in chain.packings:
                 before += [(p, p.data) for member in members for p in member.parameters()]
@@ -113,6 +114,8 @@ class Packer:
             self._packings += packings
         except _Refused as refused:
             self.give_back(chain)
+            self._undo[id(chain)] = (chain, had, [])
+            chain.set_packings(tuple(p.refused_for(str(refused), members) for p in had))
             return str(refused)
         return None
 
@@ -140,6 +143,10 @@ class Packer:
                 raise _Refused(f"{what} is on {parameter.device}, {parameter.layout}")
             if parameter.is_inference():
                 raise _Refused(f"{what} was made in inference mode")
+            if parameter.device.type == "cpu" and parameter.is_shared():  # type: ignore[no-untyped-call]
+                raise _Refused(f"{what} is in memory that other processes share")
+            if parameter.device.type == "cpu" and parameter.is_pinned():
+                raise _Refused(f"{what} is in pinned memory")
             if parameter.dtype is not first.dtype or parameter.device != first.device:
                 raise _Refused(
                     f"{what} is in {parameter.dtype} on {parameter.device}, {weights[0].path} in "

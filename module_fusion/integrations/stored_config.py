@@ -49,9 +49,10 @@ def _encoded_options(options: Any) -> Any:
 def decoded(families: Any) -> Any:
     """The argument of `fuse` that was encoded; what is neither is left for `fuse` to refuse."""
     if isinstance(families, list):
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in families):
+        pairs = [pair for pair in families if isinstance(pair, (list, tuple)) and len(pair) == 2]
+        if len(pairs) < len(families) or not all(isinstance(name, str) for name, _ in pairs):
             raise FusionError(f"it is no list of names with options: {families!r}")
-        families = {name: options for name, options in families}  # noqa: C416
+        families = {name: options for name, options in pairs}  # noqa: C416
     if not isinstance(families, Mapping):
         return families
     return {
@@ -88,10 +89,12 @@ def fuse_stored(model: nn.Module, stored: Any) -> list[str]:
         What could not be fused and why; a config that cannot be read is a reason too.
     """
     try:
-        families = decoded(stored.get("families", False))
+        if not isinstance(stored, Mapping) or "families" not in stored:
+            raise FusionError(f"it is {stored!r}, which names no families")
+        families = decoded(stored["families"])
         if not isinstance(families, (bool, Mapping)):
             raise FusionError(f"it is {families!r}")
-    except (AttributeError, TypeError, FusionError) as error:
+    except FusionError as error:
         return [f"the stored config cannot be read ({error})"]
     parts = [families] if isinstance(families, bool) else [{k: v} for k, v in families.items()]
     problems = []

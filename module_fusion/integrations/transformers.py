@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import FusionError
 from ..families import fuse
 from ..families.family import chosen_families
-from ..families.state_dicts import pack_state_dict, packed_layouts, unpack_state_dict
+from ..families.state_dicts import pack_state_dict, packed_layouts
+from .packed_files import VARIANT, is_packed, original_file_in, unpack_files, with_layouts
 from .stored_config import LOG, check_mode, decoded, encoded, fuse_stored, without_groups
 
 # Not `fusion_config`: that key is transformers' own, and it raises for names it does not know.
 KEY = "module_fusion"
-# Files `model.packed.safetensors`: plain transformers says that they are not what it looks for.
-VARIANT = "packed"
-_ORIGINAL = ("model.safetensors", "pytorch_model.bin")
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+_LOOK_OPTIONS = ("cache_dir", "local_files_only", "token", "revision")
+_HUB_OPTIONS = (*_LOOK_OPTIONS, "force_download")
 
 
 def from_pretrained(
@@ -47,7 +43,7 @@ def from_pretrained(
             `save_pretrained` of this module wrote them, in the packed one.
         fusion_config: as `families` of `fuse`: True, or a mapping from names to True, False or
             options, where `mode` may also be the name of a `kernels.Mode`. None for the config
-            stored in the checkpoint, if there is one; False for nothing.
+            stored in the checkpoint, if there is one, whatever `config` says; False for nothing.
         kwargs: for `cls.from_pretrained`.
 
     Returns:
@@ -56,7 +52,8 @@ def from_pretrained(
     Raises:
         ImportError: transformers is not installed.
         FusionError: `fusion_config` is none; `NotFusableError` and `PathNotFoundError` as for
-            `fuse`. A stored config raises nothing: what no longer fits is in the warning.
+            `fuse`. A stored config raises nothing: what no longer fits is in the warning. Or the
+            checkpoint has the weights in both formats, or packed files that cannot be read.
 
     Examples:
         >>> import tempfile
@@ -83,15 +80,16 @@ def from_pretrained(
         check_mode(options.get("mode"))
     loaded = _load(cls, name, kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    stored = getattr(model.config, KEY, None)
     problems: list[str] = []
     if config is not None and config is not False:
         done = fuse(model, config)
         setattr(model.config, KEY, {"families": encoded(config)})
         problems = without_groups(config, done)
         LOG.info("%s", done)
-    elif config is None and stored is not None:
-        problems = fuse_stored(model, stored)
+    elif config is None:
+        _have_the_stored_config(model.config, name, kwargs)
+        if (stored := getattr(model.config, KEY, None)) is not None:
+            problems = fuse_stored(model, stored)
     if problems:
         warnings.warn(f"Not fused in {name}: {'; '.join(problems)}.", stacklevel=2)
     return loaded
@@ -130,18 +128,20 @@ def save_pretrained(
             f"The packed format is the variant {VARIANT!r}; variant={kwargs['variant']!r} cannot "
             f"be another one. Leave it out, or save with save_original_format=True."
         )
-    beside = [f for f in _ORIGINAL for f in (f, f"{f}.index.json") if (Path(folder) / f).exists()]
-    if beside:
+    if (beside := original_file_in(folder)) is not None:
         raise FusionError(
-            f"{os.fspath(folder)} has weights in the original format, {beside[0]}, which plain "
+            f"{os.fspath(folder)} has weights in the original format, {beside}, which plain "
             f"transformers would load instead of these. Save to another folder, or remove it."
         )
     state_dict = kwargs.pop("state_dict", None)
     state_dict = pack_state_dict(model.state_dict() if state_dict is None else state_dict, layouts)
-    with _stored(model.config, layouts):
-        model.save_pretrained(
-            folder, state_dict=state_dict, save_original_format=False, variant=VARIANT, **kwargs
-        )
+    model.save_pretrained(
+        folder,
+        state_dict=with_layouts(state_dict, layouts),
+        save_original_format=False,
+        variant=VARIANT,
+        **kwargs,
+    )
 
 
 def _check_installed() -> None:
@@ -153,74 +153,46 @@ def _check_installed() -> None:
         ) from error
 
 
-@contextmanager
-def _stored(config: Any, layouts: Mapping[str, Any]) -> Iterator[None]:
-    """The layouts in the config, for the time of one save."""
-    had, before = hasattr(config, KEY), getattr(config, KEY, None)
-    kept = before if isinstance(before, dict) else {}
-    setattr(config, KEY, {**kept, "packed": dict(layouts)})
-    try:
-        yield
-    finally:
-        if had:
-            setattr(config, KEY, before)
-        else:
-            delattr(config, KEY)
-
-
 def _load(cls: Any, name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     """Load in either format."""
-    layouts = _layouts_in(name, kwargs)
-    if not layouts:
+    if kwargs.get("variant") not in (None, VARIANT):
+        return cls.from_pretrained(name, **kwargs)
+    if not is_packed(name, kwargs.get("subfolder") or "", _given(_LOOK_OPTIONS, kwargs)):
         return cls.from_pretrained(name, **kwargs)
     others = {k: v for k, v in kwargs.items() if k not in (*_HUB_OPTIONS, "subfolder", "variant")}
     # Transformers loads files alone with all of its options, so it gets files.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        _unpack_files(_local_folder(name, kwargs), Path(folder), layouts)
+        unpack_files(_local_folder(name, kwargs), Path(folder))
         loaded = cls.from_pretrained(folder, **others)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = os.fspath(name)
-    stored = getattr(model.config, KEY, None)
-    if isinstance(stored, dict):
-        kept = {key: value for key, value in stored.items() if key != "packed"}
-        setattr(model.config, KEY, kept) if kept else delattr(model.config, KEY)
     return loaded
 
 
-def _layouts_in(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
-    """The layouts of the weights of a checkpoint in the packed format."""
+def _have_the_stored_config(
+    config: Any, name: str | os.PathLike[str], kwargs: Mapping[str, Any]
+) -> None:
+    """Give a model's config the entry of the checkpoint, where another config was loaded."""
+    if kwargs.get("config") is None:
+        return
     from transformers import PretrainedConfig
 
-    options = {k: v for k, v in kwargs.items() if k in (*_HUB_OPTIONS, "subfolder")}
+    options = _given((*_HUB_OPTIONS, "subfolder"), kwargs)
     try:
-        config, _ = PretrainedConfig.get_config_dict(name, **options)
+        of_the_checkpoint, _ = PretrainedConfig.get_config_dict(name, **options)
     except (OSError, ValueError):
-        return None  # What is wrong with it, transformers says when it loads it.
-    stored = config.get(KEY)
-    return stored.get("packed") if isinstance(stored, dict) else None
+        return  # There may be weights alone.
+    if of_the_checkpoint.get(KEY) is not None:
+        setattr(config, KEY, of_the_checkpoint[KEY])
 
 
 def _local_folder(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
     if not os.path.isdir(name):
         from huggingface_hub import snapshot_download
 
-        options = {k: v for k, v in kwargs.items() if k in _HUB_OPTIONS and v is not None}
-        name = snapshot_download(os.fspath(name), **options)
+        name = snapshot_download(os.fspath(name), **_given(_HUB_OPTIONS, kwargs))
     return Path(name) / (kwargs.get("subfolder") or "")
 
 
-def _unpack_files(packed: Path, folder: Path, layouts: Mapping[str, Any]) -> None:
-    """Write the weights in the original format; every other file is copied."""
-    from safetensors.torch import load_file, save_file
-
-    weight_map: dict[str, str] = {}
-    for file in sorted(path for path in packed.iterdir() if path.is_file()):
-        is_weights = ".safetensors" in file.name or file.name.startswith("pytorch_model")
-        if not is_weights:
-            shutil.copy(file, folder)
-        elif f".{VARIANT}" in file.name and file.suffix == ".safetensors":
-            weights = unpack_state_dict(load_file(file), layouts)
-            save_file(weights, folder / file.name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(weights, file.name))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def _given(names: tuple[str, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
