@@ -360,11 +360,15 @@ def _kernelize(
         if refused and not use_fallback:
             raise ValueError(refused)
     except Exception as error:
+        why = text_of(error)
+        where = _device_of(job.group.modules)
+        if device is not None and str(where).partition(":")[0] != str(device).partition(":")[0]:
+            why += f". It was asked for on {device}, the modules are on {where}"
         refused = NotFusableError(
-            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: "
-            f"{text_of(error)}. The model is as it was before the call."
+            f"The kernel {job.chain.kernel!r} cannot take over {' -> '.join(job.paths)}: {why}. "
+            f"The model is as it was before the call."
         )
-        refused.reason = f"the kernel {job.chain.kernel!r} cannot take over: {text_of(error)}"
+        refused.reason = f"the kernel {job.chain.kernel!r} cannot take over: {why}"
         refused.was_loaded = seat.__dict__.get("forward") is not before
         raise refused from error
 

@@ -759,3 +759,16 @@ def test_every_error_is_a_fusion_error_and_a_value_error() -> None:
         assert issubclass(error, FusionError)
         assert issubclass(error, ValueError)
         assert error is FusionError or error.__bases__ == (FusionError,)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask for")
+def test_a_device_that_the_modules_are_not_on_is_named() -> None:
+    model = Model(1)
+    with pytest.raises(NotFusableError, match="asked for on cuda, the modules are on cpu"):
+        fuse_modules(
+            model,
+            {"norm": "layers.0.norm", "mlp": "layers.0.mlp"},
+            kernel="RMSNormMLP",
+            device="cuda",
+        )
+    assert not report(model).groups
