@@ -568,6 +568,61 @@ def test_one_compiled_graph_forward_and_backward(
         torch.testing.assert_close(ours, theirs)
 
 
+SIZES_IN_TURN = [(28, 28), (42, 56), (43, 57), (100, 30), (29, 28), (30, 100), (70, 70)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_no_tf32")
+def test_images_of_all_sizes_share_the_graphs_that_the_convolution_has(
+    device: str, dtype: torch.dtype
+) -> None:
+    """Multiples of the patch are nothing special."""
+    counts = []
+    proj = conv2d(device, dtype, patch=14)
+    for run in (bound(proj), proj):
+        torch.compiler.reset()
+        graphs: list[torch.fx.GraphModule] = []
+        compiled = torch.compile(
+            run, fullgraph=True, dynamic=True, backend=lambda g, _, made=graphs: made.append(g) or g
+        )
+        with torch.no_grad():
+            for size in SIZES_IN_TURN:
+                x = torch.randn(2, 3, *size, device=device, dtype=dtype)
+                torch.testing.assert_close(compiled(x), proj(x), rtol=0.02, atol=0.02)
+        counts.append(len(graphs))
+    assert counts[0] <= counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("_no_tf32")
+def test_one_exported_program_takes_images_of_all_sizes(
+    device: str, dtype: torch.dtype, strict: bool
+) -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = conv2d(device, dtype, patch=14)
+            self.run = bound(self.proj)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(x)
+
+    module = Embedding()
+    image, other = (
+        torch.randn(2, 3, *size, device=device, dtype=dtype) for size in ((70, 84), (100, 57))
+    )
+    height, width = (torch.export.Dim(name, min=28, max=500) for name in ("height", "width"))
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (image,), dynamic_shapes={"x": {2: height, 3: width}}, strict=strict
+        )
+        exported = program.module()
+        torch.testing.assert_close(exported(other), module.proj(other), rtol=0.02, atol=0.02)
+    if dtype == torch.bfloat16:
+        assert "conv" not in "".join(str(node.target) for node in program.graph.nodes)
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="the operators need Triton")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_operators_are_registered_as_torch_expects(device: str, channels_last: bool) -> None:
