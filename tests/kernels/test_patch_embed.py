@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -17,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -384,6 +387,58 @@ def test_a_weight_in_channels_last_memory_runs_the_convolution(device: str) -> N
     assert run(x).stride() == proj(x).stride()
 
 
+FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("dims", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_rows_always")
+def test_one_channel_s_weight_in_channels_last_memory_runs_the_convolution(
+    device: str, dims: int, dtype: torch.dtype
+) -> None:
+    """Its values lie as those of a contiguous one; its strides say what the output is like."""
+    patch = (2, 16, 16)[-dims:]
+    proj = CONVOLUTIONS[dims](1, 40, patch, patch, device=device, dtype=dtype)
+    run = bound(proj)
+    proj.to(memory_format=FORMATS[dims])
+    assert proj.weight.is_contiguous()
+    x = torch.randn(2, 1, *(2 * p for p in patch), device=device, dtype=dtype)
+    with torch.no_grad():
+        ours, theirs = run(x), proj(x)
+    assert torch.equal(ours, theirs)
+    assert ours.stride() == theirs.stride()
+    assert ours.movedim(1, -1).view(-1, 40).shape[0] == 2 * 2**dims
+
+
+@pytest.mark.parametrize("dims", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_strides_are_the_convolution_s_in_every_memory_format(
+    device: str, dims: int, dtype: torch.dtype
+) -> None:
+    """At sizes where a CPU multiplies: the format in which it convolves depends on them."""
+    if INTERPRETED:
+        pytest.skip("follows cuDNN; on a CPU, torch decides by sizes and dtype")
+    formats = (torch.contiguous_format, FORMATS[dims])
+    patches, grids = ((4, 14, 14), (4, 16, 16)), ((2, 2, 2), (1, 2, 2), (2, 1, 2), (1, 1, 2))
+    cases = itertools.product(
+        (1, 3, 4), (8, 64), (1, 2), patches, grids[-dims - 1 :], formats, formats, (False, True)
+    )
+    for channels, out, batch, patch, grid, of_weight, of_input, slices in cases:
+        patch, grid = patch[-dims:], grid[-dims:]
+        proj = CONVOLUTIONS[dims](channels, out, patch, patch, device=device, dtype=dtype)
+        proj.to(memory_format=of_weight)
+        size = [count * length for count, length in zip(grid, patch, strict=True)]
+        x = torch.randn(batch, channels + slices, *size, device=device).to(dtype)
+        x = x.to(memory_format=of_input)[:, slices:]
+        with torch.no_grad():
+            ours, theirs = bound(proj)(x), proj(x)
+        strides = zip(ours.shape, ours.stride(), theirs.stride(), strict=True)
+        assert all(length == 1 or mine == other for length, mine, other in strides), (
+            f"{channels} to {out} channels, {batch} x {grid} of {patch}, {of_weight} by {of_input}"
+            f", sliced {slices}: {ours.stride()} for {theirs.stride()}"
+        )
+
+
 class Conv2dOfSomeone(nn.Conv2d):
     pass
 
@@ -408,6 +463,45 @@ def test_other_modules_are_refused_with_a_reason(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         prepare(make())
+
+
+def wrapped(self: Any, *args: Any) -> Tensor:
+    """Three times the convolution, as those who pad otherwise replace it."""
+    return 3 * F.conv2d(*args, None, self.stride)
+
+
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_a_convolution_with_a_method_of_its_own_is_refused(name: str) -> None:
+    proj = conv2d()
+    setattr(proj, name, MethodType(wrapped, proj))
+    with pytest.raises(ValueError, match=f"the Conv2d has a {name} of its own"):
+        prepare(proj)
+
+
+@pytest.mark.parametrize("takes_over_the_name", [False, True])
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_a_class_whose_method_was_replaced_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, takes_over_the_name: bool
+) -> None:
+    plain = getattr(nn.Conv2d, name)
+    other = functools.wraps(plain)(lambda *args: 3 * plain(*args))
+    monkeypatch.setattr(nn.Conv2d, name, other if takes_over_the_name else wrapped)
+    proj = conv2d()
+    with pytest.raises(ValueError, match=f"{name} of Conv2d is not torch's"):
+        prepare(proj)
+    original = type(proj)
+    proj.__class__ = type("Swapped", (original,), {"_fusion_original_class": original})
+    with pytest.raises(ValueError, match=f"{name} of Conv2d is not torch's"):
+        prepare(proj)
+    assert prepare(nn.Conv3d(3, 8, 4, 4)).patch == (4, 4, 4)
+
+
+def test_a_replaced_function_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args: 3 * plain(*args))
+    with pytest.raises(ValueError, match=r"torch\.nn\.functional\.conv2d was replaced"):
+        prepare(conv2d())
+    assert prepare(nn.Conv1d(3, 8, 4, 4)).patch == (4,)
 
 
 def test_padding_called_valid_is_none() -> None:
@@ -472,6 +566,61 @@ def test_one_compiled_graph_forward_and_backward(
         results(compiled, proj, x, grad), results(proj, proj, x, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+SIZES_IN_TURN = [(28, 28), (42, 56), (43, 57), (100, 30), (29, 28), (30, 100), (70, 70)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_no_tf32")
+def test_images_of_all_sizes_share_the_graphs_that_the_convolution_has(
+    device: str, dtype: torch.dtype
+) -> None:
+    """Multiples of the patch are nothing special."""
+    counts = []
+    proj = conv2d(device, dtype, patch=14)
+    for run in (bound(proj), proj):
+        torch.compiler.reset()
+        graphs: list[torch.fx.GraphModule] = []
+        compiled = torch.compile(
+            run, fullgraph=True, dynamic=True, backend=lambda g, _, made=graphs: made.append(g) or g
+        )
+        with torch.no_grad():
+            for size in SIZES_IN_TURN:
+                x = torch.randn(2, 3, *size, device=device, dtype=dtype)
+                torch.testing.assert_close(compiled(x), proj(x), rtol=0.02, atol=0.02)
+        counts.append(len(graphs))
+    assert counts[0] <= counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("_no_tf32")
+def test_one_exported_program_takes_images_of_all_sizes(
+    device: str, dtype: torch.dtype, strict: bool
+) -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = conv2d(device, dtype, patch=14)
+            self.run = bound(self.proj)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(x)
+
+    module = Embedding()
+    image, other = (
+        torch.randn(2, 3, *size, device=device, dtype=dtype) for size in ((70, 84), (100, 57))
+    )
+    height, width = (torch.export.Dim(name, min=28, max=500) for name in ("height", "width"))
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (image,), dynamic_shapes={"x": {2: height, 3: width}}, strict=strict
+        )
+        exported = program.module()
+        torch.testing.assert_close(exported(other), module.proj(other), rtol=0.02, atol=0.02)
+    if dtype == torch.bfloat16:
+        assert "conv" not in "".join(str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the operators need Triton")

@@ -11,6 +11,8 @@ import torch
 from rms_norm_mlp_cases import NORMS, mlp_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -36,7 +38,7 @@ from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.t5 import modeling_t5 as t5
 
-from module_fusion.kernels.rms_norm_mlp import recipe
+from module_fusion.kernels.rms_norm_mlp import few_inputs, probe_mlp, recipe, reference
 from module_fusion.kernels.rms_norm_mlp.layers import RMSNormMLP
 from module_fusion.kernels.rms_norm_mlp.recipe import prepare
 
@@ -267,6 +269,90 @@ def test_a_forward_that_names_its_real_sizes_is_probed_at_them() -> None:
     assert found.gate == ("c",)
 
 
+def in_groups(mlp: Any, x: Tensor) -> Tensor:
+    """Normalises in groups of 32 channels, where there are as many."""
+    product = F.silu(mlp.c(x)) * mlp.a(x)
+    if product.shape[-1] % 32 == 0:
+        product = F.layer_norm(product.unflatten(-1, (-1, 32)), (32,)).flatten(-2)
+    return mlp.b(product)  # type: ignore[no-any-return]
+
+
+LARGE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "groups of channels": in_groups,
+    "many channels": lambda m, x: m.b(F.silu(m.c(x)) * m.a(x)) * (1 if x.shape[-1] < H else 2),
+    "many channels, in training": lambda m, x: (
+        m.b(F.silu(m.c(x)) * m.a(x)) * (2 if m.training and x.shape[-1] >= H else 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LARGE)
+def test_an_mlp_that_does_something_else_at_its_real_sizes_is_refused(
+    name: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(ValueError, match=f"at its real sizes, {H} and {I}, than at small ones"):
+        prepare(NORMS["early"](H).to(dtype), Gated(LARGE[name]).to(dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage that an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor):
+                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_an_mlp_of_gigabytes_is_proved_at_its_real_sizes_in_little_memory(groups: bool) -> None:
+    hidden, intermediate = 8192, 28672
+    mlp = Gated(in_groups if groups else lambda m, x: m.b(F.silu(m.c(x)) * m.a(x)))
+    for layer, shape in zip(
+        (mlp.a, mlp.b, mlp.c),
+        ((intermediate, hidden), (hidden, intermediate), (intermediate, hidden)),
+        strict=True,
+    ):
+        layer.weight = nn.Parameter(torch.zeros((), dtype=torch.bfloat16).expand(shape))
+    norm = NORMS["early"](hidden).bfloat16()
+    with Largest() as largest:
+        if groups:
+            with pytest.raises(ValueError, match="at its real sizes, 8192 and 28672"):
+                prepare(norm, mlp)
+        else:
+            assert prepare(norm, mlp).gate == ("c",)
+    assert 0 < largest.bytes < 2**27
+
+
+def test_weights_taken_elsewhere_than_into_linear_are_proved_if_they_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def product(mlp: Any, x: Tensor) -> Tensor:
+        return mlp.b(F.silu(x @ mlp.c.weight.t()) * mlp.a(x))  # type: ignore[no-any-return]
+
+    assert prepare(NORMS["early"](H), Gated(product)).gate == ("c",)
+    with pytest.raises(ValueError, match="something else"):
+        prepare(NORMS["early"](H), Gated(lambda m, x: in_groups(m, x) + 0 * product(m, x)))
+    recipe._RECIPES.clear()
+    monkeypatch.setattr(probe_mlp, "_MOST_REAL_WEIGHTS", 3 * H * I - 1)
+    with pytest.raises(ValueError, match=r"takes weights elsewhere than into F\.linear"):
+        prepare(NORMS["early"](H), Gated(product))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_every_layer_of_few_inputs_uses_every_input(large: bool) -> None:
+    layer = nn.Linear(100, 3) if large else nn.Linear(3, 100)
+    x = torch.eye(layer.in_features)
+    with few_inputs.FewInputs(layer):
+        output = layer(x) - layer.bias
+    assert output.any(dim=1).all()
+    assert output.any(dim=0).all()
+
+
 @pytest.mark.parametrize(
     ("norm", "mlp", "reason"),
     [
@@ -296,8 +382,25 @@ def test_a_refusal_says_why(norm: nn.Module, mlp: nn.Module, reason: str) -> Non
             prepare(norm, mlp)
 
 
+class DependsOnTheDtype(nn.Module):
+    """As `nn.RMSNorm(H, eps=None)` is on devices where torch takes the epsilon of the dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weight, torch.finfo(x.dtype).eps, "late")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_epsilon_that_is_the_dtype_s_is_found(dtype: torch.dtype) -> None:
+    norm = DependsOnTheDtype().to(dtype)
+    assert prepare(norm, mlp_of(H, I).to(dtype)).eps == torch.finfo(dtype).eps
+
+
 def test_the_default_epsilon_of_torch_is_found() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         norm = nn.RMSNorm(H).to(dtype)
         eps = prepare(norm, mlp_of(H, I).to(dtype)).eps
         x = torch.full((1, H), 1e-4, dtype=dtype)
@@ -313,6 +416,16 @@ def test_members_of_one_structure_are_probed_once(monkeypatch: pytest.MonkeyPatc
     for norm in (llama.LlamaRMSNorm(H, 1e-3), qwen3.Qwen3RMSNorm(H), nn.RMSNorm(H).half()):
         with pytest.raises(pytest.fail.Exception, match="probed"):
             prepare(norm, mlp)
+
+
+def test_what_is_kept_of_structures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe._RECIPES.clear()
+    monkeypatch.setattr(recipe, "_MAX_RECIPES", 3)
+    mlp, counts = mlp_of(H, I), []
+    for power in range(7):
+        prepare(llama.LlamaRMSNorm(H, 10.0**-power), mlp)
+        counts.append(len(recipe._RECIPES))
+    assert counts == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_the_epsilon_is_the_attribute_that_counts_not_one_of_the_same_value() -> None:

@@ -20,7 +20,7 @@ from torch.nn.grad import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 class PatchPlan(NamedTuple):
@@ -51,6 +51,7 @@ def prepare(proj: Any, token_major: bool = False) -> PatchPlan:
     cls = type(proj).__dict__.get("_fusion_original_class", type(proj))
     if cls not in _CONVOLUTIONS:
         raise ValueError(f"a {cls.__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d")
+    _check_methods(proj, cls)
     patch = tuple(proj.kernel_size)
     if tuple(proj.stride) != patch:
         raise ValueError(f"its stride {tuple(proj.stride)} is not its kernel size {patch}")
@@ -66,6 +67,19 @@ def prepare(proj: Any, token_major: bool = False) -> PatchPlan:
     if proj.weight.dtype not in DTYPES:
         raise ValueError(f"its weight is in {proj.weight.dtype}, not float32, bfloat16 or float16")
     return PatchPlan(patch, token_major)
+
+
+def _check_methods(proj: Any, cls: Any) -> None:
+    """Refuse a convolution that was taught to compute something else, such as to wrap around."""
+    for name in ("forward", "_conv_forward"):
+        if name in proj.__dict__:
+            raise ValueError(f"the {cls.__name__} has a {name} of its own")
+        # What a wrapper takes over from what it wraps are names, not globals.
+        if getattr(getattr(cls, name), "__globals__", None) is not vars(torch.nn.modules.conv):
+            raise ValueError(f"{name} of {cls.__name__} is not torch's")
+    function = cls.__name__.lower()
+    if getattr(F, function) is not _CONVOLUTIONS[cls]:
+        raise ValueError(f"torch.nn.functional.{function} was replaced")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: PatchPlan) -> Tensor:
@@ -106,6 +120,8 @@ def is_known(x: Tensor, weight: Tensor, plan: PatchPlan) -> bool:
         and all(map(operator.ge, shape[-dims:], plan.patch))
         # A weight in channels_last memory has no view as a matrix of flattened patches.
         and weight.is_contiguous()
+        # One channel has both forms; a convolution answers in that of its weight.
+        and (filters[1] > 1 or not is_channels_last(weight))
     )
 
 

@@ -22,7 +22,7 @@ def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Patc
     grid = grid_of(x, plan)
     batch, channels_out = x.size(0), weight.size(0)
     weight_NK = weight.view(channels_out, -1)
-    one_patch, channels_last = all(n == 1 for n in grid), is_channels_last(x)
+    one_patch, channels_last = all(_holds(n == 1) for n in grid), is_channels_last(x)
     if _sums_better(x) or not (one_patch or _gains(x, weight_NK, plan)):
         return convolve(x, weight, bias, plan)
     x_MK = _crop(x, plan).reshape(batch, -1) if one_patch else patches(x, plan)
@@ -44,21 +44,29 @@ def _modifiable(y: Tensor) -> Tensor:
 
 def patches(x: Tensor, plan: PatchPlan) -> Tensor:
     """The patches of `(batch, channels, *size)` as rows `(M, K)`, a copy unless they are rows."""
-    x = _crop(x, plan)
     dims = len(plan.patch)
-    for dim in range(dims - 1, -1, -1):
-        shape = *x.shape[: 2 + dim], -1, plan.patch[dim], *x.shape[3 + dim :]
-        x = x.view(shape)
-    order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
+    for dim, size in enumerate(plan.patch, 2):
+        x = x.unfold(dim, size, size)
+    order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
     return x.permute(order).flatten(dims + 1).flatten(0, dims)
 
 
 def _crop(x: Tensor, plan: PatchPlan) -> Tensor:
     """Drop the remainder that fills no patch, as the convolution does."""
     for dim, size in enumerate(plan.patch, 2):
-        if x.size(dim) % size:
+        if not _holds(x.size(dim) % size == 0):
             x = x.narrow(dim, 0, x.size(dim) // size * size)
     return x
+
+
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """Whether it does, in a graph for every size: no size makes a graph of its own."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    # Imports sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _sums_better(x: Tensor) -> bool:

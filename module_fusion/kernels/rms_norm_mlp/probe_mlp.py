@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import probe_forms, reference
+from .few_inputs import FewInputs, hollow
 from .stand_in import (
     DrawsRandomNumbers,
     Refused,
@@ -27,6 +28,7 @@ _SAME = 2e-6
 # Of the values, how many may be finite in one of two sums that overflow.
 _FEW = 0.02
 _TINY = (8, 12)
+_SCALES = (0.1, 1.0, 10.0, 1000.0)
 _MOST_REAL_WEIGHTS = 2**25
 
 Path = tuple[str, ...]
@@ -83,11 +85,13 @@ def prove(mlp: nn.Module, projections: list[Projections], dtype: torch.dtype) ->
     """Find the roles and the activation for which the formula is what the module computes."""
     try:
         with probing(mlp):
-            return _find(mlp, projections, dtype, real=False)
+            found = _find(mlp, projections, dtype, real=False)
+            _check_real_sizes(mlp, projections[0], found)
+            return found
     except (WrongResult, DrawsRandomNumbers):
         raise
     except Refused:
-        # A forward may name its real sizes.
+        # A forward may name its real sizes, or take its weights elsewhere than into F.linear.
         if sum(parameter.numel() for parameter in mlp.parameters()) > _MOST_REAL_WEIGHTS:
             raise
         with probing(mlp):
@@ -99,7 +103,7 @@ def _find(
 ) -> FoundMLP:
     name = original_class(mlp).__name__
     sizes = _sizes(projections[0], real)
-    x = _rows((0.1, 1.0, 10.0, 1000.0), sizes[projections[0].hidden], torch.float64)
+    x = _rows(_SCALES, sizes[projections[0].hidden], torch.float64)
     module = _stand_in(mlp, sizes, torch.float64)
     output = output_of(module.eval(), x)
     if type(output) is not Tensor:
@@ -127,6 +131,22 @@ def _find(
     _check_rounding(name, _stand_in(mlp, sizes, dtype), found, hidden)
     _check_overflow(name, lambda: _stand_in(mlp, sizes, dtype), found, hidden)
     return found
+
+
+def _check_real_sizes(mlp: nn.Module, roles: Projections, found: FoundMLP) -> None:
+    """Refuse a module that computes something else only where it is as wide as it really is."""
+    sizes = _sizes(roles, real=True)
+    x = _rows(_SCALES, roles.hidden, torch.float64)
+    module = _stand_in(mlp, sizes, torch.float64, weightless=True)
+    with FewInputs(module):
+        expected = _formula(module, found, x)
+        for trains in (False, True):
+            output = output_of(module.train(trains), x)
+            if type(output) is not Tensor or not (relative_error(output, expected) < _SAME).all():
+                raise WrongResult(
+                    f"{original_class(mlp).__name__} computes something else at its real sizes, "
+                    f"{roles.hidden} and {roles.intermediate}, than at small ones"
+                )
 
 
 def _check_rounding(name: str, module: nn.Module, found: FoundMLP, hidden: int) -> None:
@@ -203,11 +223,15 @@ def _sizes(roles: Projections, real: bool) -> dict[int, int]:
     return {2 * intermediate: 2 * small[1], intermediate: small[1], hidden: small[0]}
 
 
-def _stand_in(mlp: nn.Module, sizes: dict[int, int], dtype: torch.dtype) -> nn.Module:
+def _stand_in(
+    mlp: nn.Module, sizes: dict[int, int], dtype: torch.dtype, *, weightless: bool = False
+) -> nn.Module:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def parameter(path: Path, old: Tensor) -> Tensor:
         shape = [sizes[size] for size in old.shape]
+        if weightless and len(shape) == 2:
+            return hollow(shape, dtype)
         scale = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 else 1.0
         value = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64) * scale
         return value.to(dtype)
