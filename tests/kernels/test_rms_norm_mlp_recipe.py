@@ -328,6 +328,16 @@ def test_an_mlp_of_gigabytes_is_proved_at_its_real_sizes_in_little_memory(groups
     assert 0 < largest.bytes < 2**27
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("hidden", [1, 2, 3])
+@pytest.mark.parametrize("intermediate", [2, 3])
+def test_an_mlp_of_few_values_is_proved_where_its_output_is_zero(
+    hidden: int, intermediate: int, activation: str
+) -> None:
+    mlp = mlp_of(hidden, intermediate, activation=activation)
+    assert prepare(NORMS["early"](hidden), mlp).activation == activation
+
+
 def test_weights_taken_elsewhere_than_into_linear_are_proved_if_they_are_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

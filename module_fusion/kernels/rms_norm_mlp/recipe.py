@@ -1,8 +1,8 @@
 """What a norm and an MLP compute, proved by running stand-ins of them.
 
 Class and attribute names are not evidence: two hundred classes in transformers are called
-RMSNorm. So shapes give the candidates, and a candidate is taken only if a small copy of the
-member, with random weights, gives what the formula gives.
+RMSNorm. So shapes give the candidates, and a candidate is taken only if copies of the member,
+with random weights, small and as wide as it is, give what the formula gives.
 """
 
 from __future__ import annotations
