@@ -235,8 +235,8 @@ def function_of(method: Any) -> FunctionType | None:
 
 def layers_of(method: Any) -> list[FunctionType]:
     """The Python function and those of its decorators that are not torch's."""
-    layers = []
-    while method is not None:
+    layers: list[FunctionType] = []
+    while callable(method) and method not in layers:
         if isinstance(method, FunctionType) and not is_of_torch(method):
             layers.append(method)
         method = getattr(method, "__wrapped__", None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attributes import attributes_of, value_of
 from .errors import FusionError
 from .inventory import Found, chains_in, modules_in, states_of, strays_in
-from .modules import KEY, ModuleState, expected_class
+from .modules import KEY, ModuleState, has_expected_class
 from .verifying.structures import same_bits
 
 _COUNTS = ("kernel_calls", "member_calls", "reason", "holds")
@@ -62,19 +62,19 @@ def unfused(model: nn.Module) -> Iterator[None]:
     chains = chains_in(model)
     states = [state for found in chains for state in states_of(found)]
     states += [stray.__dict__[KEY] for stray in strays_in(model, chains)]
-    swapped: list[tuple[nn.Module, ModuleState]] = []
+    swapped: list[tuple[nn.Module, type, ModuleState]] = []
     try:
         for state in states:
             module = state.module() if state.module is not None else None
             # A class that someone else put on top stays: it may do more than fusion did.
-            if module is not None and type(module) is expected_class(state):
-                swapped.append((module, state))
+            if module is not None and has_expected_class(module, state):
+                swapped.append((module, type(module), state))
                 object.__setattr__(module, "__class__", state.original)
         yield
     finally:
-        for module, state in swapped:
+        for module, cls, state in swapped:
             if type(module) is state.original:
-                object.__setattr__(module, "__class__", expected_class(state))
+                object.__setattr__(module, "__class__", cls)
 
 
 @contextmanager

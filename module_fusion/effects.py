@@ -7,6 +7,7 @@ and writes to no tensor. What cannot be read counts as an effect.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -96,7 +97,9 @@ _PURE_LAYERS = frozenset(
 )  # fmt: skip
 
 
-_SETTINGS = (*_DATA, tuple, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_COMPARED = (*_DATA, tuple, dict, list, set, types.MethodType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_SETTINGS = (*_DATA, tuple, *_FUNCTIONS)
 
 
 class Effect(NamedTuple):
@@ -111,6 +114,18 @@ class Effect(NamedTuple):
         return self.happens is _always
 
 
+def is_other(now: Any, value: Any) -> bool:
+    """Whether a value is another one; of things that only they know how to compare, the object."""
+    if now is value:
+        return False
+    if type(now) is not type(value) or not isinstance(value, _COMPARED):
+        return True
+    try:
+        return bool(now != value)
+    except Exception:  # Of what is in a container, such as arrays.
+        return True
+
+
 class Read(NamedTuple):
     """A value that the code of a module reads elsewhere than in the module, as it is now."""
 
@@ -120,8 +135,7 @@ class Read(NamedTuple):
 
     def differs(self, module: nn.Module) -> bool:
         """Whether the module would read something else now."""
-        now = self.now(module)
-        return now is not self.value and (type(now) is not type(self.value) or now != self.value)
+        return is_other(self.now(module), self.value)
 
 
 class _Findings(NamedTuple):
@@ -195,7 +209,7 @@ class Code(NamedTuple):
     """
 
     methods: tuple[tuple[Any, str, Any], ...]
-    functions: tuple[tuple[types.FunctionType, types.CodeType, Any], ...]
+    functions: tuple[tuple[types.FunctionType, types.CodeType, Any, Any], ...]
     traced: tuple[tuple[Any, str, Any], ...] = ()
 
     def why_not_same(self) -> str | None:
@@ -204,13 +218,20 @@ class Code(NamedTuple):
             for owner, name, value in self.traced:
                 if getattr(owner, name) is not value:
                     return f"has a class whose {name} was replaced, {owner.__name__}"
+            for function, code, defaults, _ in self.functions:
+                if function.__code__ is not code or function.__defaults__ is not defaults:
+                    return f"runs {function.__qualname__}, whose code was replaced"
             return None
         for owner, name, value in self.methods:
             now = getattr(owner, name, None)
             if now is not value and now != value:
                 return f"has a class whose {name} was replaced, {owner.__name__}"
-        for function, code, defaults in self.functions:
-            if function.__code__ is not code or function.__defaults__ is not defaults:
+        for function, code, defaults, keywords in self.functions:
+            if (
+                function.__code__ is not code
+                or function.__defaults__ is not defaults
+                or function.__kwdefaults__ is not keywords
+            ):
                 return f"runs {function.__qualname__}, whose code was replaced"
         return None
 
@@ -237,10 +258,12 @@ def code_of(module: nn.Module, cls: Any) -> Code:
         methods.update(*(f.methods for f in found))
         functions.update(*(f.functions for f in found))
         for name, *_ in found[0].own:
-            functions.update(layers_of(module.__dict__.get(name)))
+            value = module.__dict__.get(name)
+            if isinstance(value, (types.FunctionType, types.MethodType)):
+                functions.update(layers_of(value))
     return Code(
         tuple((owner, name, getattr(owner, name, None)) for owner, name in methods),
-        tuple((f, f.__code__, f.__defaults__) for f in functions),
+        tuple((f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions),
     )
 
 
@@ -273,7 +296,7 @@ def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
         if name in tensors or name in found.stored:
             continue
         if isinstance(value, (dict, list, set)):
-            reads.append(Read(name, value.copy(), functools.partial(_own_value, (name,))))
+            reads.append(Read(name, copy.copy(value), functools.partial(_own_value, (name,))))
         elif isinstance(value, functools.partial):
             reads.append(Read(name, _parts(value), functools.partial(_own_parts, name)))
         elif name not in module.__dict__ and isinstance(value, (*_DATA, tuple)):
@@ -301,6 +324,10 @@ def _reads_of_child(module: nn.Module, path: tuple[str, ...]) -> list[Read]:
     child, name = _reached(module, path)
     if not name or name in child._parameters or name in child._buffers:
         return []
+    forward = function_of(type(child).forward)
+    of_torch = forward is None or is_of_torch(forward)
+    if not of_torch and name in _of_method(type(child), "forward").stored:
+        return []  # Its own state.
     path = path[: path.index(name) + 1]
     now = functools.partial(_value_in_child, path)
     return [Read(".".join(path), now(module), now)]
@@ -309,6 +336,8 @@ def _reads_of_child(module: nn.Module, path: tuple[str, ...]) -> list[Read]:
 def _value_in_child(path: tuple[str, ...], module: nn.Module) -> Any:
     child, name = _reached(module, path)
     own = child.__dict__
+    if torch.compiler.is_dynamo_compiling():
+        getattr(child, name)  # So that the graph is made again when it is replaced.
     return own[name] if name in own else getattr(type(child), name, None)
 
 
@@ -601,6 +630,12 @@ def _what_child_does(
     value = _attribute_of(child, cls, name)
     if isinstance(value, nn.Module):
         return _what_child_does(value, rest, seen)
+    if isinstance(value, Tensor):
+        known = name in child._parameters or name in child._buffers
+    else:
+        known = value is None or isinstance(value, (*_DATA, *_FUNCTIONS, tuple, property))
+    if not known:
+        return f"uses {name!r} of a module, and it is not known what that does"
     return _merged([*map(_of_attribute, rest)]).always
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import warnings
 import weakref
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ else:
     _Mixin = object
 
 KEY = "_fusion"
-_COMPLETE = "_fusion_class_is_complete"
+_MADE = "_fusion_as_made"
+_MISSING = object()
 _NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009
 
 
@@ -293,6 +295,7 @@ def call_as_itself(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 def set_class(module: nn.Module, state: ModuleState) -> None:
     """Give the module the class its state asks for: the original one when it has no role."""
     if state.role is None and not state.boundary_of:
+        _warn_of_changes(state, type(module))
         object.__setattr__(module, "__class__", state.original)
         module.__dict__.pop(KEY, None)
         return
@@ -312,6 +315,53 @@ def expected_class(state: ModuleState) -> type[nn.Module]:
     return _swapped_class(state.original, state.role, state.boundary_of > 0)
 
 
+def has_expected_class(module: nn.Module, state: ModuleState) -> bool:
+    """Whether the module has the class its state asks for; someone may have set things on it."""
+    made: _Made | None = type(module).__dict__.get(_MADE)
+    if made is None:
+        return type(module) is expected_class(state)
+    return made.key == (state.original, state.role, state.boundary_of > 0)
+
+
+class _Made(NamedTuple):
+    """What a swapped class is for, and what was in it when it was made."""
+
+    key: tuple[type[nn.Module], type | None, bool]
+    contents: dict[str, Any]
+
+
+def changed_since_made(cls: type) -> list[str]:
+    """Names that someone has set on a swapped class, or taken off it, since it was made."""
+    made: _Made | None = cls.__dict__.get(_MADE)
+    if made is None:
+        return []
+    names = sorted({*made.contents, *cls.__dict__} - {_MADE})
+    return [
+        name
+        for name in names
+        if (name == "__call__" or not name.startswith("__"))
+        and _looked_up(name, cls.__dict__, cls) is not _looked_up(name, made.contents, cls)
+    ]
+
+
+def _looked_up(name: str, contents: Mapping[str, Any], cls: type) -> Any:
+    """What a class with these contents has by that name, of its own or inherited."""
+    places = [contents, *(base.__dict__ for base in cls.__mro__[1:])]
+    return next((place[name] for place in places if name in place), None)
+
+
+def _warn_of_changes(state: ModuleState, cls: type) -> None:
+    names = changed_since_made(cls)
+    if names:
+        original = f"{state.original.__module__}.{state.original.__qualname__}"
+        warnings.warn(
+            f"{' and '.join(names)} was set on type({state.path!r}) while it was fused. That class "
+            f"stands for {original} in fused models alone, so the change ends with the fusing. Set "
+            f"it on {original} instead.",
+            stacklevel=2,
+        )
+
+
 _CLASSES: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
@@ -320,7 +370,7 @@ def _swapped_class(
 ) -> type[nn.Module]:
     key = (original, role, is_boundary)
     cls = _CLASSES.get(key)
-    if cls is None:
+    if cls is None or changed_since_made(cls):
         namespace: dict[str, Any] = {
             "__module__": original.__module__,
             "__doc__": original.__doc__,
@@ -330,41 +380,16 @@ def _swapped_class(
         if is_boundary:
             namespace["forward"] = _guarded_forward(original)
         mixins = tuple(mixin for mixin in (role, _Boundary if is_boundary else None) if mixin)
-        metaclass_of_original: Any = type(original)
-        metaclass = _handing_on(metaclass_of_original)
+        metaclass: Any = type(original)
         # What goes by the name or the text of a class finds it as before: registries, wrapping
         # policies of FSDP and accelerate, the `architectures` in a config.
         cls = metaclass(original.__name__, (*mixins, original), namespace)
         assert cls is not None
         cls.__qualname__ = original.__qualname__
         _wrap_as_subclasses_are(cls, original)
-        type.__setattr__(cls, _COMPLETE, True)
-        cls = _CLASSES.setdefault(key, cls)
+        type.__setattr__(cls, _MADE, _Made(key, dict(cls.__dict__)))
+        _CLASSES[key] = cls
     return cls
-
-
-@functools.cache
-def _handing_on(metaclass: Any) -> Any:
-    """A metaclass of swapped classes: what is set on one is set on the class it stands for.
-
-    Whoever patches `type(module)` means the class that the module had, and so every instance of
-    it, fused or not.
-    """
-
-    def __setattr__(cls: Any, name: str, value: Any) -> None:
-        if _COMPLETE in cls.__dict__:
-            setattr(cls.__dict__[ORIGINAL], name, value)
-        else:
-            metaclass.__setattr__(cls, name, value)
-
-    def __delattr__(cls: Any, name: str) -> None:
-        if _COMPLETE in cls.__dict__:
-            delattr(cls.__dict__[ORIGINAL], name)
-        else:
-            metaclass.__delattr__(cls, name)
-
-    namespace = {"__setattr__": __setattr__, "__delattr__": __delattr__}
-    return type(metaclass.__name__, (metaclass,), namespace)
 
 
 def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
-from .effects import Code, Effect, Read, code_of, effect_of, reads_of, settings_of
+from .effects import Code, Effect, Read, code_of, effect_of, is_other, reads_of, settings_of
 
 ORIGINAL = "_fusion_original_class"
 SHOWN = "_fusion_shown_name"
@@ -56,7 +56,7 @@ class MemberForm:
         self.home = original_of(type(member)).__module__
         self.foreign: str | None = None
         self._methods: dict[tuple[Any, str, Any], None] = {}
-        self._functions: dict[Any, tuple[FunctionType, CodeType, Any]] = {}
+        self._functions: dict[Any, tuple[FunctionType, CodeType, Any, Any]] = {}
         self._add(member, "", -1, "")
         traced = tuple(
             entry
@@ -84,7 +84,7 @@ class MemberForm:
             self.foreign = _why_foreign(module, name, self.home)
         settings = settings_of(module, original_of(cls))
         reads = reads_of(module, original_of(cls))
-        methods = self._note_code(code_of(module, original_of(cls)), original_of(cls))
+        methods = self._note_code(code_of(module, original_of(cls)), cls)
         children = len(module._modules)
         self.parts.append(
             _Part(name, parent, key, cls, effect, settings, reads, methods, children, parameters)
@@ -96,8 +96,10 @@ class MemberForm:
         """Add it to that of the member; names of the methods that an instance must not replace."""
         self._methods.update(dict.fromkeys(code.methods))
         self._functions.update({entry[0]: entry for entry in code.functions})
-        names = {name for owner, name, _ in code.methods if issubclass(cls, owner)}
-        return tuple(sorted(names - {"__call__"}))
+        names = {name for owner, name, _ in code.methods if issubclass(cls, owner)} - {"__call__"}
+        if original_of(cls) is not cls:  # Anyone may set something on `type(module)` too.
+            self._methods.update(dict.fromkeys((cls, name, getattr(cls, name)) for name in names))
+        return tuple(sorted(names))
 
     def why_never_plain(self) -> str | None:
         """The reason why the member is plain at no call as long as it has this form, or None."""
@@ -141,8 +143,7 @@ class MemberForm:
             if effect is not None and effect.happens(module):
                 return f"{role}{name} {effect.what}"
             for setting, value in settings:
-                now = own.get(setting)
-                if now is not value and (type(now) is not type(value) or now != value):
+                if is_other(own.get(setting), value):
                     return (
                         f"{role}{name} has another {setting} than when the kernel was chosen; fuse "
                         f"again"

@@ -21,7 +21,14 @@ from .code import (
 )
 from .errors import AlreadyFusedError, NotFusableError, SpecMismatchError
 from .inventory import Found, modules_in
-from .modules import KEY, FusedModule, expected_class, original_class, state_of
+from .modules import (
+    KEY,
+    FusedModule,
+    expected_class,
+    has_expected_class,
+    original_class,
+    state_of,
+)
 from .paths import Group, check_paths
 from .plain import shown_name
 from .seat import check_roles
@@ -145,7 +152,7 @@ def _check_members(model: nn.Module, group: Group) -> None:
 def _check_class(path: str, module: nn.Module) -> None:
     """Refuse a module whose class is someone else's to change back."""
     state = state_of(module)
-    if state is not None and type(module) is not expected_class(state):
+    if state is not None and not has_expected_class(module, state):
         raise NotFusableError(
             f"The class of {path!r} is {type(module).__name__}; it was "
             f"{shown_name(expected_class(state))} when it was fused. Undo first what changed it "

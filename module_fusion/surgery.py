@@ -27,6 +27,7 @@ from .modules import (
     ModuleState,
     RegistryCollector,
     expected_class,
+    has_expected_class,
     set_class,
     state_of,
 )
@@ -388,7 +389,7 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], others: Sequence[nn.M
     states += [state for other in others if (state := state_of(other)) is not None]
     for state in states:
         module = state.module() if state.module is not None else None
-        if module is not None and type(module) is not expected_class(state):
+        if module is not None and not has_expected_class(module, state):
             names = {id(m): name for name, m in model.named_modules()}
             raise UnfuseError(
                 f"The class of {(names.get(id(module)) or state.path)!r} is "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from module_fusion import NotFusableError, fuse, fuse_modules, report, unfuse_modules
-from module_fusion.modules import RegistryCollector
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -189,6 +190,30 @@ def test_what_was_replaced_after_fusing_runs_and_the_report_says_so(
     assert torch.equal(found, model(x))
 
 
+# A graph is not made again when an attribute of a class is replaced, fused or not.
+SEEN_BY_GRAPHS = [name for name in CHANGES if "class" not in name and name != "a static method"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", SEEN_BY_GRAPHS)
+def test_a_compiled_model_runs_what_was_replaced(
+    name: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, mlp, change, _ = CHANGES[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(norm, mlp)), torch.randn(4, HIDDEN)
+    twin = copy.deepcopy(model)
+    fuse(model)
+    compiled, twins = (torch.compile(m, backend="eager", fullgraph=True) for m in (model, twin))
+    if when == "after":
+        compiled(x), twins(x)
+    for changed in (model, twin):
+        change(monkeypatch, changed[0])
+    found, stale = compiled(x), twins(x)  # torch does not see every change itself.
+    unfuse_modules(model)
+    assert any(torch.allclose(found, other, atol=1e-5) for other in (model(x), stale))
+
+
 @pytest.mark.parametrize("where", ["instance", "class"])
 def test_a_convolution_whose_product_was_replaced_runs_itself(
     where: str, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +256,81 @@ def test_a_member_that_asks_for_what_may_change_unseen_is_left_alone(asked: Any)
     assert "it is not known what that does" in str(result.skipped[0].reason)
 
 
+@pytest.mark.parametrize("value", [torch.ones(INTERMEDIATE), [1.0], {"factor": 1.0}])
+def test_a_member_that_reads_what_its_child_keeps_is_left_alone(value: Any) -> None:
+    class Reads(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act.kept = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x) + 0 * len(self.act.kept))
+
+    result = fuse(nn.Sequential(Block(Norm, Reads)), {"rms_norm_mlp": True})
+    assert not result.fused
+    assert "uses 'kept' of a module" in str(result.skipped[0].reason)
+
+
+def test_what_a_child_counts_itself_is_its_own() -> None:
+    class Counting(Activation):
+        def forward(self, x: Tensor) -> Tensor:
+            self.factor = self.factor + 0
+            return F.silu(x)
+
+    class Counts(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = Counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.gate(x)) * self.up(x)) + 0 * self.act.factor
+
+    model, kernel = nn.Sequential(Block(Norm, Counts)), members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
+    for _ in range(3):
+        model(torch.randn(4, HIDDEN))
+    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(3, 0)]
+
+
+class Missing(dict[str, Any]):
+    """It has whatever is asked for, as some configs have."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __missing__(self, name: str) -> Any:
+        return Missing()
+
+
+class Failing(dict[str, Any]):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+@pytest.mark.parametrize("kind", [Missing, Failing, dict])
+def test_a_container_that_answers_anything_is_looked_at_as_a_container(kind: Any) -> None:
+    class Configured(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = kind(factor=1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x)) * self.config["factor"]
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(Norm, Configured)), torch.randn(4, HIDDEN)
+    with mapped(Kernel=members_kernel(1)):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
+    model(x)
+    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(1, 0)]
+    model[0].mlp.config["factor"] = 3.0
+    found = model(x)
+    assert "reads another config" in str(report(model).groups[0].reason)
+    unfuse_modules(model)
+    assert torch.equal(found, model(x))
+
+
 def test_a_member_that_reads_a_property_of_an_object_is_left_alone() -> None:
     class Config:
         @property
@@ -256,41 +356,66 @@ class WithMetaclass(Mlp, abc.ABC):
 
 @pytest.mark.parametrize("cls", [Mlp, WithMetaclass])
 @pytest.mark.parametrize("with_kernel", [False, True])
-def test_what_is_set_on_the_class_of_a_member_is_set_on_the_class_it_had(
-    cls: type[nn.Module], with_kernel: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_is_set_on_the_class_of_a_fused_module_counts_until_it_is_unfused(
+    cls: type[nn.Module], with_kernel: bool
 ) -> None:
     torch.manual_seed(0)
-    model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
-    kernel = members_kernel(1)
-    with mapped(Kernel=kernel):
-        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel" if with_kernel else None)
-    monkeypatch.setattr(cls, "forward", cls.forward)  # It is as it was after the test.
+    model, other, x = nn.Sequential(Block(Norm, cls)), None, torch.randn(4, HIDDEN)
+    unpatched, original = model(x), cls.forward
 
-    def thrice(self: nn.Module, x: Tensor) -> Tensor:
+    def fuse_it(model: nn.Module) -> None:
+        with mapped(Kernel=members_kernel(1)):
+            fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel" if with_kernel else None)
+
+    fuse_it(model)
+
+    def patched(self: nn.Module, x: Tensor) -> Tensor:
         return 3 * x
 
-    type(model[0].mlp).forward = thrice
-    assert cls.forward is thrice
-    expected = x + 3 * model[0].norm(x)
+    type(model[0].mlp).forward = patched
+    assert torch.equal(model(x), x + 3 * model[0].norm(x))
+    if with_kernel:
+        reason = f"mlp has a class whose forward was replaced, {cls.__name__}"
+        assert report(model).groups[0].reason == reason
+    other = copy.deepcopy(nn.Sequential(Block(Norm, cls)))
+    expected = other(x)
+    fuse_it(other)
+    assert torch.equal(other(x), expected)
+    with pytest.warns(UserWarning, match=r"forward was set on type\('0.mlp'\) .*ends with the fus"):
+        unfuse_modules(model)
+    assert cls.forward is original
+    assert torch.equal(model(x), unpatched)
+    unfuse_modules(other)
+
+
+@pytest.mark.parametrize("path", ["0", "0.norm", "0.mlp"])
+@pytest.mark.parametrize("name", ["forward", "__call__", "train"])
+@pytest.mark.filterwarnings("error")
+def test_what_is_set_on_the_class_of_a_fused_module_can_be_put_back(path: str, name: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(Norm, Mlp)), torch.randn(4, HIDDEN)
+    classes = [vars(cls).copy() for cls in (Block, Norm, Mlp)]
+    fuse(model)
+    expected = model(x)
+    cls = type(model.get_submodule(path))
+    old, seen = getattr(cls, name), []
+
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return old(self, *args, **kwargs)
+
+    with mock.patch.object(cls, name, wrapper):
+        torch.testing.assert_close(model(x), expected)
+        model.eval()
+    assert seen
+    setattr(cls, name, wrapper)
+    setattr(cls, name, old)
+    ran = report(model).groups[0].kernel_calls
     assert torch.equal(model(x), expected)
+    assert report(model).groups[0].kernel_calls == ran + 1
     unfuse_modules(model)
-    assert torch.equal(model(x), expected)
-    type(model[0].mlp).mark = 1
-    fuse_modules(model, ["0.norm", "0.mlp"])
-    del type(model[0].mlp).mark
-    assert not hasattr(cls, "mark")
-
-
-def test_a_class_that_is_made_from_a_swapped_one_keeps_what_is_set_on_it() -> None:
-    model = nn.Sequential(Block(Norm, Mlp))
-    fuse_modules(model, ["0.norm", "0.mlp"])
-    swapped = type(model[0].norm)
-    assert issubclass(swapped, RegistryCollector)
-    derived = type("Derived", (swapped,), {})
-    derived.mark = 1
-    assert derived.mark == 1
-    assert not hasattr(Norm, "mark")
-    del derived.mark
+    assert [vars(cls).copy() for cls in (Block, Norm, Mlp)] == classes
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize(
