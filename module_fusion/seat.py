@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from inspect import Parameter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kernels import use_kernel_forward_from_hub
@@ -117,11 +117,11 @@ class FusedKernel(nn.Module):
         if [p.kind for p in found] != [p.kind for p in wanted]:
             taken, given = (", ".join(p.name for p in some) for some in (found, wanted))
             raise TypeError(f"its forward takes ({taken}), the chain's inputs are ({given})")
-        names = _names_of_members(getattr(forward, "prepare", None))
-        if names is not None and sorted(names) != sorted(self._roles):
-            roles = dict(zip(names, ["path.of.its.module"] * len(names), strict=True))
+        names = _named_by(getattr(forward, "prepare", None))
+        if names is not None and not names.fit(self._roles):
+            roles = dict.fromkeys(names.required or names.all, "path.of.its.module")
             raise TypeError(
-                f"its prepare takes ({', '.join(names)}), the roles are "
+                f"its prepare takes ({', '.join(names.all)}), the roles are "
                 f"({', '.join(self._roles)}). Give the modules the roles it knows: "
                 f"fuse_modules(model, {roles}, ...)"
             )
@@ -274,14 +274,30 @@ def _why_not_input(value: Any, tensors: list[Tensor]) -> str | None:
     return None
 
 
-def _names_of_members(prepare: Any) -> list[str] | None:
-    """What a kernel's `prepare` calls the members, None where it takes any."""
-    if prepare is None:
+class _Names(NamedTuple):
+    """What a kernel's `prepare` calls the members."""
+
+    all: tuple[str, ...]
+    required: tuple[str, ...]
+    any_other: bool
+
+    def fit(self, roles: Sequence[str]) -> bool:
+        known = self.any_other or set(roles) <= set(self.all)
+        return known and set(self.required) <= set(roles)
+
+
+def _named_by(prepare: Any) -> _Names | None:
+    """The names by which it is called, None where it takes the members by position."""
+    try:
+        signature = inspect.signature(prepare, follow_wrapped=False)
+    except (TypeError, ValueError):
         return None
-    parameters = inspect.signature(prepare).parameters.values()
-    if any(p.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in parameters):
+    found = list(signature.parameters.values())
+    if any(p.kind in (Parameter.VAR_POSITIONAL, Parameter.POSITIONAL_ONLY) for p in found):
         return None
-    return [p.name for p in parameters if p.default is Parameter.empty]
+    named = [p for p in found if p.kind is not Parameter.VAR_KEYWORD]
+    required = tuple(p.name for p in named if p.default is Parameter.empty)
+    return _Names(tuple(p.name for p in named), required, len(named) < len(found))
 
 
 def prepared_by(kernel: Any, roles: Sequence[str], members: Sequence[nn.Module]) -> Any:
@@ -290,7 +306,7 @@ def prepared_by(kernel: Any, roles: Sequence[str], members: Sequence[nn.Module])
     if prepare is None:
         return None
     try:
-        if _names_of_members(prepare) is None:
+        if _named_by(prepare) is None:
             return prepare(*members)
         return prepare(**dict(zip(roles, members, strict=True)))
     finally:

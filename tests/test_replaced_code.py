@@ -16,7 +16,7 @@ from support import mapped, members_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from module_fusion import NotFusableError, fuse, fuse_modules, report, unfuse_modules
+from module_fusion import fuse, fuse_modules, report, unfuse_modules
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -416,32 +416,3 @@ def test_what_is_set_on_the_class_of_a_fused_module_can_be_put_back(path: str, n
     unfuse_modules(model)
     assert [vars(cls).copy() for cls in (Block, Norm, Mlp)] == classes
     torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "modules", "names"),
-    [
-        (
-            "RMSNormMLP",
-            {"first": "0.norm", "mlp": "0.mlp"},
-            r"takes \(norm, mlp\), .*\(first, mlp\)",
-        ),
-        ("RMSNormMLP", ["0.mlp"], r"takes \(norm, mlp\), .*\(mlp\)"),
-        ("PatchEmbed", {"conv": "0.mlp"}, r"takes \(proj\), .*\(conv\)"),
-    ],
-)
-def test_roles_that_a_kernel_does_not_know_are_an_error_before_anything_changes(
-    kernel: str, modules: Any, names: str
-) -> None:
-    model = nn.Sequential(Block(Norm, Mlp))
-    with pytest.raises(NotFusableError, match=names):
-        fuse_modules(model, modules, kernel=kernel)
-    assert type(model[0].mlp) is Mlp
-
-
-def test_roles_that_are_exchanged_are_refused_with_the_reason() -> None:
-    model, x = nn.Sequential(Block(Norm, Mlp)), torch.randn(4, HIDDEN)
-    expected = model(x)
-    fuse_modules(model, {"mlp": "0.norm", "norm": "0.mlp"}, kernel="RMSNormMLP")
-    assert torch.equal(model(x), expected)
-    assert str(report(model).groups[0].reason).startswith("the kernel refuses:")
