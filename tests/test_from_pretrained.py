@@ -309,6 +309,21 @@ def test_a_missing_checkpoint_is_transformers_error(tmp_path: Path) -> None:
         from_pretrained(LlamaForCausalLM, tmp_path, config=llama().config)
 
 
+def test_a_state_dict_without_a_checkpoint_is_loaded_and_fused(tokens: Tensor) -> None:
+    given = llama()
+    options: dict[str, Any] = {"config": given.config, "state_dict": given.state_dict()}
+    model = from_pretrained(LlamaForCausalLM, None, fusion_config=PACKED, **options)
+    assert same_bits(model.state_dict(), given.state_dict())
+    assert kernels_of(model) == {"PackedNormMLP"}
+    assert not report(from_pretrained(LlamaForCausalLM, None, **options)).groups
+    given.config.module_fusion = {"families": [["packed_norm_mlp", True]]}
+    again = from_pretrained(LlamaForCausalLM, None, **options)
+    assert kernels_of(again) == {"PackedNormMLP"}
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    with pytest.warns(UserWarning, match=r"^Not fused in LlamaForCausalLM: 'patch_embeddings' \("):
+        from_pretrained(LlamaForCausalLM, None, fusion_config={"patch_embeddings": True}, **options)
+
+
 def test_without_transformers_it_says_how_to_install_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ _HUB_OPTIONS = (*_LOOK_OPTIONS, "force_download")
 
 def from_pretrained(
     cls: Any,
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None,
     *,
     fusion_config: bool | Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -40,7 +40,8 @@ def from_pretrained(
     Args:
         cls: a model class of transformers, such as `AutoModelForCausalLM`.
         name: a folder or a name on the Hub. The weights may be in the original format or, if
-            `save_pretrained` of this module wrote them, in the packed one.
+            `save_pretrained` of this module wrote them, in the packed one. None where `config`
+            and `state_dict` are the checkpoint.
         fusion_config: as `families` of `fuse`: True, or a mapping from names to True, False or
             options, where `mode` may also be the name of a `kernels.Mode`. None for the config
             stored in the checkpoint, if there is one, whatever `config` says; False for nothing.
@@ -91,7 +92,8 @@ def from_pretrained(
         if (stored := getattr(model.config, KEY, None)) is not None:
             problems = fuse_stored(model, stored)
     if problems:
-        warnings.warn(f"Not fused in {name}: {'; '.join(problems)}.", stacklevel=2)
+        where = type(model).__name__ if name is None else name
+        warnings.warn(f"Not fused in {where}: {'; '.join(problems)}.", stacklevel=2)
     return loaded
 
 
@@ -153,9 +155,9 @@ def _check_installed() -> None:
         ) from error
 
 
-def _load(cls: Any, name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+def _load(cls: Any, name: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> Any:
     """Load in either format."""
-    if kwargs.get("variant") not in (None, VARIANT):
+    if name is None or kwargs.get("variant") not in (None, VARIANT):
         return cls.from_pretrained(name, **kwargs)
     if not is_packed(name, kwargs.get("subfolder") or "", _given(_LOOK_OPTIONS, kwargs)):
         return cls.from_pretrained(name, **kwargs)
@@ -170,10 +172,10 @@ def _load(cls: Any, name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any
 
 
 def _have_the_stored_config(
-    config: Any, name: str | os.PathLike[str], kwargs: Mapping[str, Any]
+    config: Any, name: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]
 ) -> None:
     """Give a model's config the entry of the checkpoint, where another config was loaded."""
-    if kwargs.get("config") is None:
+    if name is None or kwargs.get("config") is None:
         return
     from transformers import PretrainedConfig
 
