@@ -13,7 +13,14 @@ from ..errors import FusionError
 from ..families import fuse
 from ..families.family import chosen_families
 from ..families.state_dicts import pack_state_dict, packed_layouts
-from .packed_files import VARIANT, is_packed, original_file_in, unpack_files, with_layouts
+from .packed_files import (
+    VARIANT,
+    is_packed,
+    original_files_in,
+    remove_packed_files,
+    unpack_files,
+    with_layouts,
+)
 from .stored_config import LOG, check_mode, decoded, encoded, fuse_stored, without_groups
 
 # Not `fusion_config`: that key is transformers' own, and it raises for names it does not know.
@@ -112,7 +119,10 @@ def save_pretrained(
         save_original_format: True for what `model.save_pretrained(folder)` writes, which plain
             transformers loads. False for the packed tensors of the families' layouts, in files
             `model.packed.safetensors` that `module_fusion.from_pretrained` loads and plain
-            transformers does not find. The weights have the same bits in both.
+            transformers does not find. The weights have the same bits in both. A save in the
+            original format removes the packed files of an earlier one from the folder;
+            `model.save_pretrained` leaves them, so that `from_pretrained` has weights in both
+            formats, and its error says which files to remove.
         kwargs: for `model.save_pretrained`.
 
     Raises:
@@ -123,17 +133,21 @@ def save_pretrained(
     _check_installed()
     layouts = {} if save_original_format else packed_layouts(model)
     if not layouts:
+        before = original_files_in(folder)
         model.save_pretrained(folder, save_original_format=save_original_format, **kwargs)
+        # Another variant, or adapters alone, may lie beside packed weights.
+        if kwargs.get("is_main_process", True) and original_files_in(folder) != before:
+            remove_packed_files(folder)
         return
     if kwargs.get("variant") is not None:
         raise FusionError(
             f"The packed format is the variant {VARIANT!r}; variant={kwargs['variant']!r} cannot "
             f"be another one. Leave it out, or save with save_original_format=True."
         )
-    if (beside := original_file_in(folder)) is not None:
+    if beside := original_files_in(folder):
         raise FusionError(
-            f"{os.fspath(folder)} has weights in the original format, {beside}, which plain "
-            f"transformers would load instead of these. Save to another folder, or remove it."
+            f"{os.fspath(folder)} has weights in the original format, {next(iter(beside))}, which "
+            f"plain transformers would load instead of these. Save to another folder, or remove it."
         )
     state_dict = kwargs.pop("state_dict", None)
     state_dict = pack_state_dict(model.state_dict() if state_dict is None else state_dict, layouts)
