@@ -43,6 +43,7 @@ from module_fusion.benchmarking.candidates import candidates_of, twin
 from module_fusion.benchmarking.report import BenchmarkRow
 from module_fusion.benchmarking.runs import Run
 from module_fusion.benchmarking.timing import median_interval, rounds_needed
+from module_fusion.benchmarking.workload import are_alike, sizes_of
 
 QUICK = {"seconds": 0.0, "progress": False}
 
@@ -708,6 +709,29 @@ def test_work_that_grows_from_call_to_call_is_said(fused_model: Model, device: s
     assert all("so rounds may be other work" in row.note for row in found.rows)
     for said in (str(found), found.to_markdown(), found._repr_html_(), str(found.to_dict())):
         assert "so rounds may be other work" in said
+
+
+@pytest.mark.parametrize("dtype", ["float4_e2m1fn_x2", "bits8", "uint4"])
+def test_outputs_that_have_no_sum_are_compared_by_shape(
+    fused_model: Model, x: Tensor, device: str, dtype: str
+):
+    if not hasattr(torch, dtype):
+        pytest.skip(f"this torch has no {dtype}")
+    packed = torch.zeros(4, 2, dtype=torch.uint8, device=device).view(getattr(torch, dtype))
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = fused_model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.model(x), packed
+
+    found = benchmark(Beside(), x.to(device), **QUICK)
+    assert not any("rounds may be other work" in row.note for row in found.rows)
+    both = sizes_of(packed), sizes_of(packed[:2])
+    assert are_alike(both[0], both[0])
+    assert not are_alike(*both)
 
 
 class _Summed(nn.Module):

@@ -635,7 +635,7 @@ NORM, MLP = "layers.*.norm", "layers.*.mlp"
     [
         ("name", 5, "name of the family 5 is a text, such as 'norm_linear', not 5."),
         ("kernel", 5, "kernel of the family 'bad' is the layer name in a kernel mapping, such as"),
-        ("kernel", "my-kernel", "such as 'RMSNormMLP', not 'my-kernel'."),
+        ("kernel", "", "The family Bad has no kernel. Set it as a class attribute."),
         ("roles", "proj", "roles of the family 'bad' is a tuple of names, such as ('norm', 'mlp')"),
         ("roles", ("a", "a"), "'a' cannot be the name by which a kernel reaches a member"),
         ("roles", ["norm"], "is a tuple of names, such as ('norm', 'mlp'), not ['norm']."),
@@ -673,6 +673,17 @@ def test_a_family_that_says_something_wrong_of_itself_is_not_registered(
     assert message in str(error.value)
     with pytest.raises(NotFusableError, match="There is no family"):
         fuse(nn.Module(), {said["name"]: True})
+
+
+@pytest.mark.parametrize("kernel", ["my-kernel", "org/Kernel", "a.B", "RMS Norm"])
+def test_the_kernel_of_a_family_may_have_any_name_of_a_mapping(kernel: str, x: Tensor) -> None:
+    register_family(type("Named", (BlocksFamily,), {"name": "named", "kernel": kernel}))
+    model = Model(2)
+    with mapped(**{kernel: WeightKernel}):
+        fuse(model, {"named": True})
+        model(x)
+    assert [(g.kernel, g.kernel_calls) for g in report(model).fused] == [(kernel, 1)] * 2
+    assert kernel in str(report(model))
 
 
 def test_paths_of_a_family_may_be_lists() -> None:

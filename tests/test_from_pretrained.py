@@ -309,6 +309,21 @@ def test_a_missing_checkpoint_is_transformers_error(tmp_path: Path) -> None:
         from_pretrained(LlamaForCausalLM, tmp_path, config=llama().config)
 
 
+def test_a_state_dict_without_a_checkpoint_is_loaded_and_fused(tokens: Tensor) -> None:
+    given = llama()
+    options: dict[str, Any] = {"config": given.config, "state_dict": given.state_dict()}
+    model = from_pretrained(LlamaForCausalLM, None, fusion_config=PACKED, **options)
+    assert same_bits(model.state_dict(), given.state_dict())
+    assert kernels_of(model) == {"PackedNormMLP"}
+    assert not report(from_pretrained(LlamaForCausalLM, None, **options)).groups
+    given.config.module_fusion = {"families": [["packed_norm_mlp", True]]}
+    again = from_pretrained(LlamaForCausalLM, None, **options)
+    assert kernels_of(again) == {"PackedNormMLP"}
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    with pytest.warns(UserWarning, match=r"^Not fused in LlamaForCausalLM: 'patch_embeddings' \("):
+        from_pretrained(LlamaForCausalLM, None, fusion_config={"patch_embeddings": True}, **options)
+
+
 def test_without_transformers_it_says_how_to_install_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,12 +421,98 @@ def test_a_folder_with_the_weights_in_both_formats_is_refused_with_the_way_out(
     name = "model.packed.safetensors" if shards == 1 else "model.safetensors.index.packed.json"
     assert str(error.value) == (
         f"{both} has the weights twice, in the packed format, {name}, and in the original one, "
-        f"model.safetensors, and nothing says which are newer. Remove the files of one of them; "
-        f"those of the packed format have '.packed' in their names."
+        f"model.safetensors, and nothing says which are newer. To keep the original ones, remove "
+        f"model.packed*.safetensors and model.safetensors.index.packed.json; to keep the packed "
+        f"ones, remove the other files of weights, such as model.safetensors."
     )
-    for file in both.glob("*.packed*"):
-        file.unlink()
+    for pattern in ("model.packed*.safetensors", "model.safetensors.index.packed.json"):
+        for file in both.glob(pattern):
+            file.unlink()
     assert same_bits(from_pretrained(LlamaForCausalLM, both).state_dict(), trained.state_dict())
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("before", [{}, {"max_shard_size": "40KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_save_in_the_original_format_takes_the_place_of_a_packed_one(
+    folder: Path, tmp_path: Path, before: dict[str, Any], options: dict[str, Any], both: bool
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    place = tmp_path / "packed"
+    save_pretrained(model, place, save_original_format=False, **before)
+    model = from_pretrained(LlamaForCausalLM, place)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    if both:
+        llama().save_pretrained(place, **options)
+    mine = {"other.packed.safetensors", "model.packed-old.safetensors", "model.packed.txt"}
+    for name in mine:
+        (place / name).touch()
+    save_pretrained(model, place, **options)
+    assert {name for name in sizes_in(place) if "packed" in name} == mine
+    again = from_pretrained(LlamaForCausalLM, place)
+    assert same_bits(again.state_dict(), model.state_dict())
+    assert kernels_of(again) == {"PackedNormMLP"}
+
+
+def test_a_save_in_packed_format_without_layouts_takes_the_place_of_a_packed_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False)
+    unfuse_modules(model)
+    save_pretrained(model, tmp_path / "packed", save_original_format=False)
+    again = from_pretrained(LlamaForCausalLM, tmp_path / "packed", fusion_config=False)
+    assert same_bits(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_save_that_fails_or_writes_other_files_leaves_the_packed_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: bool
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    place = tmp_path / "packed"
+    # Shards of any variant are removed by transformers, before it writes.
+    save_pretrained(model, place, save_original_format=False)
+    if both:
+        llama().save_pretrained(place)
+    before = sizes_in(place)
+    save_pretrained(model, place, variant="other")
+    save_pretrained(model, place / "config.json")  # Which transformers logs, and does not raise.
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaForCausalLM, "save_pretrained", lambda *args, **kwargs: None)
+        save_pretrained(model, place)  # As where adapters alone are saved.
+
+    def full(weights: Any, path: Any, **options: Any) -> None:
+        Path(path).write_bytes(b"a part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, place)
+    after = sizes_in(place)
+    packed = [name for name in before if ".packed" in name]
+    assert [after.get(name) for name in packed] == [before[name] for name in packed]
+
+
+def test_a_process_beside_the_main_one_removes_nothing_while_that_one_writes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = from_pretrained(LlamaForCausalLM, folder, fusion_config=PACKED)
+    place = tmp_path / "packed"
+    save_pretrained(model, place, save_original_format=False)
+
+    def meanwhile(*args: Any, **kwargs: Any) -> None:
+        (place / "model.safetensors").write_bytes(b"a part")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", meanwhile)
+    save_pretrained(model, place, is_main_process=False)
+    assert (place / "model.packed.safetensors").exists()
 
 
 def test_the_config_of_a_packed_checkpoint_may_be_saved_beside_other_weights(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from typing import Any
 
@@ -22,6 +24,7 @@ from module_fusion import (
     unfuse_modules,
     verify,
 )
+from module_fusion.rendering.folding import Modules
 from module_fusion.report import Feed, GroupReport
 
 X = torch.ones(1, 8)
@@ -123,6 +126,15 @@ def _refuse(first: Any, last: Any) -> None:
 
 
 Refusing.forward.prepare = _refuse  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("paths", [["a.b", "a.c"], ["norm", "mlp"]])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+def test_the_cell_of_a_chain_is_copied_and_pickled_as_it_is(paths: list[str], way: Any) -> None:
+    cell = Modules(paths)
+    again = way(cell)
+    assert type(again) is Modules
+    assert (again, again.place, again.members) == (str(cell), cell.place, cell.members)
 
 
 def test_lone_surrogates_are_escaped_and_names_with_colons_stay_whole() -> None:

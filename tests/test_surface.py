@@ -47,7 +47,7 @@ SIGNATURES = {
         "progress: 'bool | None' = None, **kwargs: 'Any') -> 'BenchmarkReport'"
     ),
     "from_pretrained": (
-        "(cls: 'Any', name: 'str | os.PathLike[str]', *, "
+        "(cls: 'Any', name: 'str | os.PathLike[str] | None', *, "
         "fusion_config: 'bool | Mapping[str, Any] | None' = None, **kwargs: 'Any') -> 'Any'"
     ),
     "fuse": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -100,7 +101,10 @@ class Workload:
 
 
 def sizes_of(output: Any) -> list[tuple[Any, float]]:
-    """The shape of every tensor and the sum of its absolute values: what is left of an output."""
+    """The shape of every tensor and the sum of its absolute values: what is left of an output.
+
+    The sum is 0.0 where a tensor has none.
+    """
     return [(_shape_of(tensor), _sum_of(tensor)) for tensor in tensors_in(output)]
 
 
@@ -119,11 +123,26 @@ def _shape_of(tensor: Tensor) -> Any:
 def _sum_of(tensor: Tensor) -> float:
     if not is_plain(tensor) or tensor.is_meta:
         return 0.0
-    values = tensor.detach()
+    if not _has_sum(tensor.dtype, tensor.device):
+        return 0.0
+    return _norm_of(tensor.detach())
+
+
+def _norm_of(values: Tensor) -> float:
     has_norm = values.is_floating_point() or values.is_complex()
     values = computable(values) if has_norm else values.double()
     dtype = torch.complex128 if values.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(values, 1, dtype=dtype))
+
+
+@functools.cache
+def _has_sum(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are operations for it: dtypes of a few bits are for keeping alone."""
+    try:
+        _norm_of(torch.empty(1, dtype=dtype, device=device))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_token_ids(value: Any) -> TypeGuard[Tensor]:

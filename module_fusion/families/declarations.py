@@ -28,7 +28,7 @@ def check_family(family: FusionFamily) -> None:
             )
     if not isinstance(family.name, str):
         raise _wrong(family, "name", "a text, such as 'norm_linear'")
-    if not isinstance(family.kernel, str) or not family.kernel.isidentifier():
+    if not isinstance(family.kernel, str):
         raise _wrong(family, "kernel", "the layer name in a kernel mapping, such as 'RMSNormMLP'")
     _check_roles(family)
     _check_paths(family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..families.state_dicts import unpack_state_dict
 VARIANT = "packed"
 _SINGLE = f"model.{VARIANT}.safetensors"
 _INDEX = f"model.safetensors.index.{VARIANT}.json"
+_WEIGHTS = re.compile(rf"model\.{VARIANT}(-\d{{5}}-of-\d{{5}})?\.safetensors")
 _ORIGINAL = tuple(
     file + end for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
@@ -27,9 +29,17 @@ _ORIGINAL = tuple(
 _LAYOUTS = "module_fusion.layouts"
 
 
-def original_file_in(folder: str | os.PathLike[str]) -> str | None:
-    """The file of weights in the original format that a folder has."""
-    return next((file for file in _ORIGINAL if (Path(folder) / file).exists()), None)
+def original_files_in(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """The files of weights in the original format that a folder has, and when each was written."""
+    files = {name: Path(folder) / name for name in _ORIGINAL}
+    return {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
+
+
+def remove_packed_files(folder: str | os.PathLike[str]) -> None:
+    """Remove the weights in the packed format, and the index, that an earlier save wrote."""
+    for file in Path(folder).iterdir():
+        if file.name == _INDEX or _WEIGHTS.fullmatch(file.name):
+            file.unlink(missing_ok=True)  # Another process may be as far.
 
 
 def with_layouts(
@@ -65,8 +75,9 @@ def is_packed(name: str | os.PathLike[str], subfolder: str, options: Mapping[str
     if original:
         raise FusionError(
             f"{os.fspath(name)} has the weights twice, in the packed format, {packed}, and in the "
-            f"original one, {original}, and nothing says which are newer. Remove the files of one "
-            f"of them; those of the packed format have '.{VARIANT}' in their names."
+            f"original one, {original}, and nothing says which are newer. To keep the original "
+            f"ones, remove model.{VARIANT}*.safetensors and {_INDEX}; to keep the packed ones, "
+            f"remove the other files of weights, such as {original}."
         )
     return packed is not None
 

@@ -13,7 +13,14 @@ from ..errors import FusionError
 from ..families import fuse
 from ..families.family import chosen_families
 from ..families.state_dicts import pack_state_dict, packed_layouts
-from .packed_files import VARIANT, is_packed, original_file_in, unpack_files, with_layouts
+from .packed_files import (
+    VARIANT,
+    is_packed,
+    original_files_in,
+    remove_packed_files,
+    unpack_files,
+    with_layouts,
+)
 from .stored_config import LOG, check_mode, decoded, encoded, fuse_stored, without_groups
 
 # Not `fusion_config`: that key is transformers' own, and it raises for names it does not know.
@@ -24,7 +31,7 @@ _HUB_OPTIONS = (*_LOOK_OPTIONS, "force_download")
 
 def from_pretrained(
     cls: Any,
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None,
     *,
     fusion_config: bool | Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -40,7 +47,8 @@ def from_pretrained(
     Args:
         cls: a model class of transformers, such as `AutoModelForCausalLM`.
         name: a folder or a name on the Hub. The weights may be in the original format or, if
-            `save_pretrained` of this module wrote them, in the packed one.
+            `save_pretrained` of this module wrote them, in the packed one. None where `config`
+            and `state_dict` are the checkpoint.
         fusion_config: as `families` of `fuse`: True, or a mapping from names to True, False or
             options, where `mode` may also be the name of a `kernels.Mode`. None for the config
             stored in the checkpoint, if there is one, whatever `config` says; False for nothing.
@@ -91,7 +99,8 @@ def from_pretrained(
         if (stored := getattr(model.config, KEY, None)) is not None:
             problems = fuse_stored(model, stored)
     if problems:
-        warnings.warn(f"Not fused in {name}: {'; '.join(problems)}.", stacklevel=2)
+        where = type(model).__name__ if name is None else name
+        warnings.warn(f"Not fused in {where}: {'; '.join(problems)}.", stacklevel=2)
     return loaded
 
 
@@ -110,7 +119,10 @@ def save_pretrained(
         save_original_format: True for what `model.save_pretrained(folder)` writes, which plain
             transformers loads. False for the packed tensors of the families' layouts, in files
             `model.packed.safetensors` that `module_fusion.from_pretrained` loads and plain
-            transformers does not find. The weights have the same bits in both.
+            transformers does not find. The weights have the same bits in both. A save in the
+            original format removes the packed files of an earlier one from the folder;
+            `model.save_pretrained` leaves them, so that `from_pretrained` has weights in both
+            formats, and its error says which files to remove.
         kwargs: for `model.save_pretrained`.
 
     Raises:
@@ -121,17 +133,21 @@ def save_pretrained(
     _check_installed()
     layouts = {} if save_original_format else packed_layouts(model)
     if not layouts:
+        before = original_files_in(folder)
         model.save_pretrained(folder, save_original_format=save_original_format, **kwargs)
+        # Another variant, or adapters alone, may lie beside packed weights.
+        if kwargs.get("is_main_process", True) and original_files_in(folder) != before:
+            remove_packed_files(folder)
         return
     if kwargs.get("variant") is not None:
         raise FusionError(
             f"The packed format is the variant {VARIANT!r}; variant={kwargs['variant']!r} cannot "
             f"be another one. Leave it out, or save with save_original_format=True."
         )
-    if (beside := original_file_in(folder)) is not None:
+    if beside := original_files_in(folder):
         raise FusionError(
-            f"{os.fspath(folder)} has weights in the original format, {beside}, which plain "
-            f"transformers would load instead of these. Save to another folder, or remove it."
+            f"{os.fspath(folder)} has weights in the original format, {next(iter(beside))}, which "
+            f"plain transformers would load instead of these. Save to another folder, or remove it."
         )
     state_dict = kwargs.pop("state_dict", None)
     state_dict = pack_state_dict(model.state_dict() if state_dict is None else state_dict, layouts)
@@ -153,9 +169,9 @@ def _check_installed() -> None:
         ) from error
 
 
-def _load(cls: Any, name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+def _load(cls: Any, name: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> Any:
     """Load in either format."""
-    if kwargs.get("variant") not in (None, VARIANT):
+    if name is None or kwargs.get("variant") not in (None, VARIANT):
         return cls.from_pretrained(name, **kwargs)
     if not is_packed(name, kwargs.get("subfolder") or "", _given(_LOOK_OPTIONS, kwargs)):
         return cls.from_pretrained(name, **kwargs)
@@ -170,10 +186,10 @@ def _load(cls: Any, name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any
 
 
 def _have_the_stored_config(
-    config: Any, name: str | os.PathLike[str], kwargs: Mapping[str, Any]
+    config: Any, name: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]
 ) -> None:
     """Give a model's config the entry of the checkpoint, where another config was loaded."""
-    if kwargs.get("config") is None:
+    if name is None or kwargs.get("config") is None:
         return
     from transformers import PretrainedConfig
 

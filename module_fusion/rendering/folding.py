@@ -16,18 +16,24 @@ class Modules(str):
         paths: the path of each member.
 
     Attributes:
+        paths: as given.
         place: what the paths share, with a colon; empty where they share nothing.
         members: the rest of each.
     """
 
+    paths: tuple[str, ...]
     place: str
     members: str
 
     def __new__(cls, paths: Sequence[str]) -> Modules:
         place, members = place_and_rest(paths)
         made = super().__new__(cls, f"{place} {members}" if place else members)
-        made.place, made.members = place, members
+        made.paths, made.place, made.members = tuple(paths), place, members
         return made
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]
+        """What copies and pickles are made of: a text is otherwise made again of its own text."""
+        return (self.paths,)
 
 
 def pattern_of(paths: Iterable[str]) -> tuple[tuple[str | None, ...], ...]:
