@@ -134,7 +134,10 @@ def gradients(built: Built) -> dict[str, Tensor]:
 def test_in_one_compiled_graph_every_block_has_its_kernel(name: str, device: str) -> None:
     built = on(device, name)
     with torch.no_grad():
-        expected = tensors(built)
+        try:
+            expected = tensors(built._replace(model=compiled(built.model)[0]))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            pytest.skip(f"torch does not compile the unfused model: {str(error).splitlines()[0]}")
         fuse(built.model)
         model, graphs = compiled(built.model)
         found = tensors(built._replace(model=model))

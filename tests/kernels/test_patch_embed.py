@@ -593,6 +593,10 @@ def test_images_of_all_sizes_share_the_graphs_that_the_convolution_has(
     assert counts[0] <= counts[1]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."),
+    reason="torch 2.8 compares strides with max(1, size), which is another size to it",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.usefixtures("_no_tf32")
