@@ -214,23 +214,16 @@ class Code(NamedTuple):
 
     def why_not_same(self) -> str | None:
         """Which of it was replaced since, None if nothing was."""
-        if torch.compiler.is_dynamo_compiling():
-            for owner, name, value in self.traced:
-                if getattr(owner, name) is not value:
-                    return f"has a class whose {name} was replaced, {owner.__name__}"
-            for function, code, defaults, _ in self.functions:
-                if function.__code__ is not code or function.__defaults__ is not defaults:
-                    return f"runs {function.__qualname__}, whose code was replaced"
-            return None
-        for owner, name, value in self.methods:
+        compiling = torch.compiler.is_dynamo_compiling()
+        for owner, name, value in self.traced if compiling else self.methods:
             now = getattr(owner, name, None)
-            if now is not value and now != value:
+            if now is not value and (compiling or now != value):
                 return f"has a class whose {name} was replaced, {owner.__name__}"
         for function, code, defaults, keywords in self.functions:
             if (
                 function.__code__ is not code
                 or function.__defaults__ is not defaults
-                or function.__kwdefaults__ is not keywords
+                or (function.__kwdefaults__ is not keywords and not compiling)
             ):
                 return f"runs {function.__qualname__}, whose code was replaced"
         return None
