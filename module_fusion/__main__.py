@@ -130,9 +130,12 @@ def _load(path: Path, dtype: str | None) -> nn.Module:
 
 def _config(transformers: Any, path: Path) -> Any:
     """The config at a path, where it needs no code but that of transformers."""
-    given, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    try:
+        given, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    except TypeError:
+        given = None  # Some versions of transformers look into what they read at once.
     if not isinstance(given, dict):
-        raise FusionError(f"{str(path)!r} has a {type(given).__name__}, and a config is a dict.")
+        raise FusionError(f"{str(path)!r} has no config: a config is a JSON object.")
     if given.get("auto_map"):
         # Asked for the config, transformers would offer to run that code, or to look for it.
         raise FusionError(

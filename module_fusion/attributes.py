@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .inventory import modules_in
 from .modules import KEY
-from .verifying.structures import is_plain, same_bits
+from .verifying.structures import is_plain, same_bits, stored
 
 # What `nn.Module` itself has in every instance, or puts there when it is compiled.
 _OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
@@ -110,12 +110,13 @@ def _put_items_back(owner: Any, before: list[Any]) -> None:
 
 def value_of(tensor: Tensor) -> Step:
     """A function that writes what is in a tensor now into it again."""
-    value = tensor.detach().clone()
+    its = stored(tensor)
+    value = its.detach().clone()
 
     def put_back() -> None:
-        if not same_bits(tensor, value):
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(value)
+        if not same_bits(its, value):
+            with torch.inference_mode(its.is_inference()), torch.no_grad():
+                its.copy_(value)
 
     return put_back
 

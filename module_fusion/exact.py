@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .chain import Chain
 from .modules import KEY, original_class
 from .seat import prepared_by, run_members
-from .verifying.structures import FLOAT8, leaves, map_tensors
+from .verifying.structures import FLOAT8, has_numbers, leaves, map_tensors
 
 LIMIT = 1.1
 # Where the members happen to be exact, or nearly so: a quarter of a unit in the last place.
@@ -95,13 +95,14 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def has_gradient(tensor: Tensor) -> bool:
     """Whether a tensor of this dtype may have one."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return is_number and has_numbers(tensor.dtype)
 
 
 def double(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor
+    if not has_gradient(tensor):
+        return tensor
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
 
 def copy_of(module: nn.Module, of_tensor: Callable[[Tensor], Tensor]) -> nn.Module:

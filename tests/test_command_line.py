@@ -190,7 +190,7 @@ def test_where_nothing_is_fused_the_reasons_are_those_of_plan(
         (["plan", "nowhere"], "There is no file or folder 'nowhere'"),
         (["plan", "CONFIG", "--families", "rms_norm"], "There is no family 'rms_norm'. Did you"),
         (["verify", "CONFIG", "--generate", "0"], "--generate is at least 1, not 0"),
-        (["plan", "LIST"], "has a list, and a config is a dict"),
+        (["plan", "LIST"], "has no config: a config is a JSON object"),
         (["verify", "CONFIG", "--families", "patch_embeddings"], "Nothing is fused in this model"),
     ],
 )

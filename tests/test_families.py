@@ -676,9 +676,10 @@ def test_a_family_that_says_something_wrong_of_itself_is_not_registered(
 
 
 @pytest.mark.parametrize("kernel", ["my-kernel", "org/Kernel", "a.B", "RMS Norm"])
-def test_the_kernel_of_a_family_may_have_any_name_of_a_mapping(kernel: str, x: Tensor) -> None:
+def test_the_kernel_of_a_family_may_have_any_name_of_a_mapping(
+    kernel: str, model: Model, x: Tensor
+) -> None:
     register_family(type("Named", (BlocksFamily,), {"name": "named", "kernel": kernel}))
-    model = Model(2)
     with mapped(**{kernel: WeightKernel}):
         fuse(model, {"named": True})
         model(x)

@@ -417,3 +417,32 @@ def test_a_kernel_that_raises_is_named_with_its_group(model: Model, x: Tensor, c
     said = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
     assert "in the kernel 'K', in the place of layers.0.norm -> layers.0.mlp" in said
     assert raised.value.__traceback__ is not None
+
+
+def marking(buffer: Tensor, mark: int) -> type[nn.Module]:
+    """A kernel that writes to a buffer of the model's."""
+
+    class Marks(WeightKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            buffer.fill_(mark)
+            return WeightKernel.forward(self, x)
+
+    return Marks
+
+
+@pytest.mark.parametrize("dtype", ["bits8", "bits16", "uint4", "int2", "float4_e2m1fn_x2"])
+@pytest.mark.parametrize("mark", [0, 1])
+def test_what_is_kept_in_a_dtype_without_operations_is_compared_by_its_bits(
+    dtype: str, mark: int, model: Model, x: Tensor
+) -> None:
+    if not hasattr(torch, dtype):
+        pytest.skip(f"this torch has no {dtype}")
+    zeros = torch.zeros(4, 2, dtype=torch.uint8, device=x.device)
+    whole = Returns(fused_with(marking(zeros, mark), model), lambda self, y: (y, self.kept))
+    whole.register_buffer("kept", zeros.view(getattr(torch, dtype)))
+    found = verify(whole, x)
+    rows = [d for d in found.outputs if d.dtype == dtype]
+    assert [(d.equal, d.max_abs > 0) for d in rows] == [(not mark, bool(mark))]
+    assert not zeros.any(), "buffers are put back"
+    # On a GPU a conversion of such a dtype fails by an assertion, and so does all that comes after.
+    assert bool((x + 1).isfinite().all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -11,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FusionError
-from ..verifying.structures import computable, fresh, is_plain, modules_given, tensors_in
+from ..verifying.structures import (
+    computable,
+    fresh,
+    has_numbers,
+    is_plain,
+    modules_given,
+    tensors_in,
+)
 
 # Two calls may sum in another order on a GPU; what a call computes with a longer cache is further.
 _ROUNDING = 1e-3
@@ -121,28 +127,13 @@ def _shape_of(tensor: Tensor) -> Any:
 
 
 def _sum_of(tensor: Tensor) -> float:
-    if not is_plain(tensor) or tensor.is_meta:
+    if not is_plain(tensor) or tensor.is_meta or not has_numbers(tensor.dtype):
         return 0.0
-    if not _has_sum(tensor.dtype, tensor.device):
-        return 0.0
-    return _norm_of(tensor.detach())
-
-
-def _norm_of(values: Tensor) -> float:
+    values = tensor.detach()
     has_norm = values.is_floating_point() or values.is_complex()
     values = computable(values) if has_norm else values.double()
     dtype = torch.complex128 if values.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(values, 1, dtype=dtype))
-
-
-@functools.cache
-def _has_sum(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are operations for it: dtypes of a few bits are for keeping alone."""
-    try:
-        _norm_of(torch.empty(1, dtype=dtype, device=device))
-    except RuntimeError:
-        return False
-    return True
 
 
 def _is_token_ids(value: Any) -> TypeGuard[Tensor]:

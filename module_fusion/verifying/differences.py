@@ -14,7 +14,17 @@ from uuid import UUID
 import torch
 from torch import Tensor
 
-from .structures import FLOAT8, Kind, Leaf, bits_of, computable, leaves, same_bits, strides_of
+from .structures import (
+    FLOAT8,
+    Kind,
+    Leaf,
+    bits_of,
+    computable,
+    has_numbers,
+    leaves,
+    same_bits,
+    strides_of,
+)
 
 # Elements that are looked at together in float64.
 _CHUNK = 1 << 22
@@ -177,6 +187,8 @@ def difference(
         return Difference(name, shape, dtype, argmax=rows, nonfinite=(bad, bad))
     if ours.is_quantized:
         ours, theirs = ours.dequantize(), theirs.dequantize()
+    if not has_numbers(theirs.dtype):
+        ours, theirs = bits_of(ours), bits_of(theirs)
     if ours.layout is not torch.strided:
         ours, theirs = ours.to_dense(), theirs.to_dense()
     if ours.is_complex():

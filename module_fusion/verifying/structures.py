@@ -7,6 +7,7 @@ caches without knowing one of them by name.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sized, ValuesView
@@ -150,6 +151,19 @@ def computable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in FLOAT8 else tensor
 
 
+@functools.cache
+def has_numbers(dtype: torch.dtype) -> bool:
+    """Whether torch converts it to numbers; some dtypes, such as `bits8`, are for keeping alone.
+
+    Asked of the CPU, which refuses: on a GPU it is an assertion that ends every later call.
+    """
+    try:
+        torch.empty(1, dtype=dtype).to(torch.complex128)
+    except RuntimeError:
+        return False
+    return True
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal in every bit: NaN by payload, 0.0 apart from -0.0."""
     if a.is_nested or b.is_nested:
@@ -180,9 +194,15 @@ def bits_of(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() or not has_numbers(tensor.dtype):
         return tensor.view(_BITS[tensor.element_size()])
     return tensor
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """The tensor; of a dtype that is for keeping alone, its bits in the same memory."""
+    is_kept_alone = is_plain(tensor) and not has_numbers(tensor.dtype)
+    return bits_of(tensor) if is_kept_alone else tensor
 
 
 def snapshot(value: Any) -> Any:
@@ -219,13 +239,12 @@ def _on_own_memory(tensor: Tensor) -> Tensor:
     """A copy with the same strides: what computes with it may choose its way by them."""
     if not is_plain(tensor):
         return tensor.clone()
-    if not tensor.numel() or tensor.is_contiguous():
-        return tensor.clone(memory_format=torch.preserve_format)
-    size = 1 + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    memory = tensor.as_strided((size,), (1,)).clone()
-    return memory.as_strided(tensor.shape, tensor.stride())
+    its = stored(tensor)
+    if not its.numel() or its.is_contiguous():
+        return its.clone(memory_format=torch.preserve_format).view(tensor.dtype)
+    size = 1 + sum((n - 1) * stride for n, stride in zip(its.shape, its.stride(), strict=True))
+    memory = its.as_strided((size,), (1,)).clone()
+    return memory.as_strided(its.shape, its.stride()).view(tensor.dtype)
 
 
 def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
@@ -293,7 +312,7 @@ def _fresh_tensor(
             copied = copied.set_(storages[key], *place)
         else:
             copied = _on_own_memory(tensor.detach())
-        if dtype is not None and copied.is_floating_point():
+        if dtype is not None and copied.is_floating_point() and has_numbers(copied.dtype):
             copied = copied.to(dtype)
         if isinstance(tensor, nn.Parameter):
             copied = nn.Parameter(copied, requires_grad=False)
