@@ -20,7 +20,7 @@ from .heads import check_others
 from .reasons import why
 from .sources import digest
 
-MEMORY = 6 << 30  # A model that is larger than it should be must not take the machine down.
+MEMORY = 11 << 30  # A model that is larger than it should be must not take the machine down.
 COMPILED = 8  # One architecture in so many is compiled too.
 
 
