@@ -259,7 +259,7 @@ def check_arguments(model: object, kernel: object, mode: object) -> None:
             "A scripted or traced module runs compiled code, not its submodules. Fuse the model "
             "first, then trace it."
         )
-    if kernel is not None and (not isinstance(kernel, str) or not kernel.isidentifier()):
+    if kernel is not None and (not isinstance(kernel, str) or not kernel):
         raise NotFusableError(
             f"kernel is the layer name in a kernel mapping, such as 'RMSNormMLP', not {kernel!r}."
         )

@@ -543,8 +543,8 @@ def test_a_module_cannot_end_one_chain_of_a_call_and_begin_another() -> None:
     assert structure(model) == before
 
 
-@pytest.mark.parametrize("kernel", ["RMS Norm", "", "layer.norm", 3, Kernel])
-def test_a_kernel_name_that_is_no_identifier_is_refused(kernel: Any) -> None:
+@pytest.mark.parametrize("kernel", ["", 3, Kernel])
+def test_a_kernel_that_is_no_name_is_refused(kernel: Any) -> None:
     model = Model(2)
     refused(
         NotFusableError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -438,6 +439,16 @@ def test_a_mapping_from_role_to_path_names_the_members(model: Model, x: Tensor) 
     block = model.layers[0]
     wanted = x + (x * 0 + block.norm.weight.sum() + block.mlp.up_proj.weight.sum())
     assert torch.equal(block(x), wanted)
+
+
+@pytest.mark.parametrize("name", ["my-kernel", "org/Kernel", "a.B", "RMS Norm"])
+def test_a_kernel_may_have_any_name_of_a_mapping(model: Model, x: Tensor, name: str) -> None:
+    with mapped(**{name: WeightKernel}):
+        fuse_modules(model, PATHS, kernel=name)
+        model(x)
+    assert [(g.kernel, g.kernel_calls) for g in report(model).fused] == [(name, 1)] * 2
+    copied = pickle.loads(pickle.dumps(model))
+    assert [g.kernel for g in report(copied).fused] == [name] * 2
 
 
 def test_a_kernel_may_call_the_members(model: Model, x: Tensor) -> None:
