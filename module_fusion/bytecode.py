@@ -16,7 +16,7 @@ _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
-_WRITING_KEYWORDS = frozenset(("out", "inplace", "max_norm"))
+WRITING_KEYWORDS = frozenset(("out", "inplace", "max_norm"))
 # Several of these load two variables, the second on top; argval is a tuple then.
 _VARIABLE = ("LOAD_FAST", "STORE_FAST_LOAD_FAST")
 _SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
@@ -45,8 +45,9 @@ class Load(NamedTuple):
 class Store(NamedTuple):
     """What code stores in place.
 
-    `kind` is `"own"`, `"attribute"`, `"item"`, `"global"`; `"local"` for an augmented
-    assignment; `"keyword"` for an argument that says where a function writes to.
+    `kind` is `"own"`, `"attribute"`, `"item"`, `"global"`; `"count"` for a number that is added
+    to an own attribute; `"local"` for another augmented assignment; `"keyword"` for an argument
+    that says where a function writes to.
     """
 
     kind: str
@@ -129,6 +130,7 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     found: list[Store] = []
     previous: Any = None
     in_place = False
+    last: list[dis.Instruction] = []
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
         if operation in _SILENT:
@@ -141,10 +143,13 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
             found.append(Store("global", instruction.argval))
         elif operation in ("STORE_ATTR", "DELETE_ATTR"):
             own = previous == me or (in_place and _is_own(instruction.argval, code, me))
-            found.append(Store("own" if own else "attribute", instruction.argval))
+            kind = "count" if _adds_a_number(last) else "own"
+            found.append(Store(kind if own else "attribute", instruction.argval))
         elif operation.startswith("STORE_") and in_place:
             found.append(Store("local", str(instruction.argval)))
         in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
+        if operation not in ("SWAP", "ROT_TWO"):
+            last = [*last[-1:], instruction]
         loads = operation.startswith(("LOAD_", *_VARIABLE))
         value = instruction.argval if loads else None
         previous = value[-1] if isinstance(value, tuple) and value else value
@@ -152,8 +157,16 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         if isinstance(constant, CodeType):
             found += stores_in(constant, me)
         names = constant if isinstance(constant, tuple) else (constant,)
-        found += [Store("keyword", str(name)) for name in names if name in _WRITING_KEYWORDS]
+        found += [Store("keyword", str(name)) for name in names if name in WRITING_KEYWORDS]
     return tuple(found)
+
+
+def _adds_a_number(last: list[dis.Instruction]) -> bool:
+    """Whether the last two instructions are `+= 1`, or another number."""
+    if len(last) < 2 or type(last[0].argval) not in (int, float):
+        return False
+    constant, add = last[0].opname, last[1]
+    return constant.startswith("LOAD_") and (add.opname == "INPLACE_ADD" or add.argrepr == "+=")
 
 
 def _is_own(name: str, code: CodeType, me: str) -> bool:

@@ -174,7 +174,11 @@ class Chain:
                 return [], "the members are called under different grad modes, hooks or graphs"
             call.check_unmodified()
             weights.extend(call.tensors[: call.weights])
-        return inputs, seat.why_not_these(inputs, weights)
+        reason = seat.why_not_these(inputs, weights)
+        if reason is None and now[0] and not torch.compiler.is_dynamo_compiling():
+            for call in calls:
+                call.replaced_in_graph = True
+        return inputs, reason
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""

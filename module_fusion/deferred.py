@@ -44,6 +44,9 @@ IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
     torch.memory_format,
     torch.Size,
 )
+# What is asked for the gradient of a value that is no leaf.
+_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward)
+_OF_GRADIENT = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "grad_fn")
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 
 
@@ -87,6 +90,7 @@ class CapturedCall:
         self.copied: list[int] = []
         self.refusal: str | None = None
         self.done = False
+        self.replaced_in_graph = False
         self.value: Any = None
         if torch.compiler.is_dynamo_compiling():
             if not known:
@@ -179,6 +183,24 @@ class CapturedCall:
             )
             return
         self.settle()
+
+    def check_gradient_known(self) -> None:
+        """Raise if the value has a gradient, and a kernel is in the graph in its place.
+
+        What the kernel's output depends on is the kernel's input. So the gradient of the value
+        itself would lack what comes by way of the kernel.
+        """
+        if not self.replaced_in_graph:
+            return
+        if not any(isinstance(v, Tensor) and v.requires_grad for v in _flat(self.result())):
+            return
+        self.origin.speculation.needs_gradient = True
+        raise DeferredUseError(
+            f"The output of {self.path!r} leaves the module around it, or its own gradient is "
+            f"asked for, after the kernel has taken its place in the graph: that gradient would "
+            f"lack what comes through the kernel. From now on the modules run where gradients are "
+            f"recorded: call the model again, or under torch.no_grad(). {_way_out(self.path)}"
+        )
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place or replaced since the call."""
@@ -307,11 +329,15 @@ class DeferredOutput:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func in _DIFFERENTIATING:
+            check_gradients_known((args, kwargs))
         return func(*materialise(args), **materialise(dict(kwargs or {})))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_captured_call", "_output_index"):
             raise AttributeError(name)
+        if name in _OF_GRADIENT:
+            self.__dict__["_captured_call"].check_gradient_known()
         return getattr(materialise(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -366,7 +392,7 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
             item = value[key]
             real = materialise(item, seen)
             if real is not item:
-                value[key] = real
+                _replace_item(value, key, item, real)
         return value
     for name in fields or ():
         item = getattr(value, name, None)
@@ -374,6 +400,17 @@ def materialise(value: Any, seen: dict[int, Any] | None = None) -> Any:
         if real is not item:
             object.__setattr__(value, name, real)
     return value
+
+
+def _replace_item(container: Any, key: Any, before: Any, after: Any) -> None:
+    try:
+        container[key] = after
+    except Exception:  # It does not let others write to it.
+        kind: Any = dict if isinstance(container, dict) else list
+        kind.__setitem__(container, key, after)
+        own = getattr(container, "__dict__", {})
+        if own.get(key) is before:
+            own[key] = after
 
 
 def _materialised_tuple(value: tuple[Any, ...], seen: dict[int, Any] | None) -> Any:
@@ -385,11 +422,23 @@ def _materialised_tuple(value: tuple[Any, ...], seen: dict[int, Any] | None) -> 
     items = [materialise(item, seen) for item in value]
     result: Any = value
     if not all(new is old for new, old in zip(items, value, strict=True)):
-        kind = type(value)
-        result = kind(*items) if hasattr(kind, "_fields") else kind(items)
+        result = _tuple_like(value, items)
     if seen is not None and not traced:
         seen[id(value)] = result
     return result
+
+
+def _tuple_like(value: Any, items: list[Any]) -> Any:
+    kind = type(value)
+    if kind is tuple:
+        return tuple(items)
+    if torch.compiler.is_dynamo_compiling():
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    # Past a `__new__` of its own, which made these items of others.
+    made: Any = tuple.__new__(kind, items)
+    if own := getattr(value, "__dict__", None):
+        made.__dict__.update(own)
+    return made
 
 
 def computed(value: Any) -> Any:
@@ -406,6 +455,18 @@ def computed(value: Any) -> Any:
     if type(value) is dict:
         return {name: computed(value[name]) for name in value}
     return value
+
+
+def check_gradients_known(value: Any) -> None:
+    """Raise if a value leaves, or is differentiated by, whose own gradient a kernel has taken."""
+    if type(value) is DeferredOutput:
+        value.__dict__["_captured_call"].check_gradient_known()
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_gradients_known(item)
+    else:
+        for name in getattr(type(value), "__dataclass_fields__", ()):
+            check_gradients_known(getattr(value, name, None))
 
 
 def _value_of_output(deferred: DeferredOutput) -> Any:

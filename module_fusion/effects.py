@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .bytecode import (
+    WRITING_KEYWORDS,
     Load,
     function_of,
     is_of_torch,
@@ -42,7 +43,8 @@ _RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manua
 _RANDOM_NAMES = frozenset(
     (
         "multinomial", "normal", "uniform", "exponential", "poisson", "binomial", "cauchy",
-        "geometric", "log_normal", "sample", "rsample", "seed",
+        "geometric", "log_normal", "sample", "rsample", "seed", "initial_seed", "get_rng_state",
+        "svd_lowrank", "pca_lowrank", "lobpcg", "make_tensor", "fork_rng",
     )
 )  # fmt: skip
 # Functions that draw or update only when they are told that they train.
@@ -57,6 +59,8 @@ _UNREADABLE = frozenset(
         "set_default_device", "set_grad_enabled", "save", "load",
         "get_default_dtype", "get_default_device", "get_float32_matmul_precision",
         "are_deterministic_algorithms_enabled", "is_inference_mode_enabled", "is_grad_enabled",
+        "is_inference", "grad", "grad_fn", "is_leaf", "_version",
+        "fused_moving_avg_obs_fake_quant", "_fused_moving_avg_obs_fq_helper",
     )
 )  # fmt: skip
 _PURE_BUILTINS = frozenset(
@@ -235,7 +239,7 @@ def code_of(module: nn.Module, cls: Any) -> Code:
     Functions of torch itself are not among it.
     """
     forward = function_of(cls.forward)
-    methods: set[tuple[Any, str]] = {(cls, "forward"), (cls, "__call__")}
+    methods: set[tuple[Any, str]] = {(cls, n) for n in ("forward", "__call__", "_call_impl")}
     functions: set[types.FunctionType] = set()
     if forward is not None and is_of_torch(forward):
         for load in loads_in(forward.__code__, self_of(forward)):
@@ -340,7 +344,9 @@ def _shared_value(function: types.FunctionType, load: Load, module: nn.Module) -
 
 def _own_value(path: tuple[str, ...], module: Any) -> Any:
     for name in path:
-        module = getattr(module, name, None)
+        # Past a `__getattr__` of its own, which may do anything.
+        is_set = torch.compiler.is_dynamo_compiling() or name in vars_of(module)
+        module = getattr(module if is_set else type(module), name, None)
     return module
 
 
@@ -426,11 +432,14 @@ def _of_function(
 
 def _of_stores(function: types.FunctionType, me: str) -> _Findings:
     stores = stores_in(function.__code__, me)
-    stored = frozenset(store.name for store in stores if store.kind == "own")
-    if any(store.kind != "own" for store in stores):
+    stored = frozenset(store.name for store in stores if store.kind in ("own", "count"))
+    what = None
+    if any(store.kind not in ("own", "count") for store in stores):
         what = f"may write to a tensor, in {function.__qualname__}"
-        return _NOTHING._replace(always=what, stored=stored)
-    return _NOTHING._replace(stored=stored)
+    elif kept := [store.name for store in stores if store.kind == "own"]:
+        # Not how often it is called: that is right when it is not called.
+        what = f"sets its {kept[0]}"
+    return _NOTHING._replace(always=what, stored=stored)
 
 
 def _of_load(
@@ -543,11 +552,12 @@ def _of_value(value: Any, text: str, training: bool, known: _Known) -> _Findings
 
 
 def _is_told_to_write(function: Any, count: int | None) -> bool:
-    """Whether a function of torch gets its argument `inplace` by position."""
+    """Whether a function of torch gets an argument by position that has it write."""
     if not isinstance(function, types.FunctionType) or not is_of_torch(function):
         return False
     parameters = list(inspect.signature(function).parameters)
-    return "inplace" in parameters and (count is None or count > parameters.index("inplace"))
+    told = [parameters.index(name) for name in WRITING_KEYWORDS if name in parameters]
+    return any(count is None or count > position for position in told)
 
 
 def _is_operation(value: Any) -> bool:

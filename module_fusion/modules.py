@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from threading import get_ident
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from .deferred import (
     CapturedCall,
     DeferredOutput,
     NotCapturableError,
+    check_gradients_known,
     computed,
     holds_deferred,
     materialise,
@@ -64,6 +67,7 @@ class ModuleState:
         plan: how the parameters of `forward` are fed, on a collector.
         returned: number of values that `forward` certainly returns, None where its code does
             not tell.
+        used_by_others: whether the code around a collector uses its output for more than the chain.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
@@ -81,6 +85,7 @@ class ModuleState:
     outputs: int = 1
     plan: Any = None
     returned: int | None = None
+    used_by_others: bool = False
     chain: Any = None
     armed: int = 0
     form: MemberForm | None = None
@@ -204,6 +209,7 @@ class FusedModule(_Swapped):
             return super().__call__(*args, **kwargs)
         chain = state.chain
         if state.running and get_ident() in state.running:
+            chain.count_members_run("the kernel called the modules itself")
             return super().__call__(*args, **kwargs)
         if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
@@ -406,17 +412,24 @@ def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:
 
 
 def _guarded_forward(original: type[nn.Module]) -> Any:
-    @functools.wraps(original.forward)
+    own: Any = original.forward
+    found = inspect.getattr_static(original, "forward")
+    if not isinstance(found, FunctionType):  # One that is bound in a way of its own.
+
+        def own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return found.__get__(self, type(self))(*args, **kwargs)
+
+    @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self._fusion  # type: ignore[assignment]
         if state is None or torch.compiler.is_dynamo_compiling():
-            output = original.forward(self, *args, **kwargs)
+            output = own(self, *args, **kwargs)
             return output if type(output) is Tensor else materialise(output)
         inside, caller = state.inside, get_ident()
         outer = inside.get(caller)
         here = inside[caller] = Inside()
         try:
-            output = original.forward(self, *args, **kwargs)
+            output = own(self, *args, **kwargs)
         except BaseException:
             if here.hooks is None:  # A checkpoint stops in this way when it has enough.
                 with suppress(Exception):
@@ -428,6 +441,7 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
             else:
                 inside[caller] = outer
         if type(output) is not Tensor:
+            check_gradients_known(output)
             output = materialise(output)
         _settle_kept(self, here)
         return output
@@ -450,6 +464,7 @@ def _replace_kept(module: nn.Module) -> None:
         for name, value in list(inner.__dict__.items()):
             if name == KEY:
                 continue
+            check_gradients_known(value)
             try:
                 real = materialise(value)
             except DeferredUseError:
@@ -483,6 +498,11 @@ def _capture(
             return None
     call, reason = _captured_call(module, state, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
+        is_shared = state.used_by_others or state.speculation.needs_gradient
+        if is_shared and call is not None and call.context[0]:
+            # A kernel in its place would leave it without a way to the output in the graph.
+            reason = f"gradients are recorded, and the output of {state.name} is used by others too"
+            call = None
         state.reason = reason
     if call is None:
         return None

@@ -30,7 +30,10 @@ _USUAL_WITHOUT_GRAD = (False, *_USUAL[1:])
 
 
 class _Part(NamedTuple):
-    """One module of a member: the member itself or one below it."""
+    """One module of a member: the member itself or one below it.
+
+    `absent` are names by which its own `__dict__` would hide a method, a parameter or a child.
+    """
 
     name: str
     parent: int
@@ -39,7 +42,7 @@ class _Part(NamedTuple):
     effect: Effect | None
     settings: tuple[tuple[str, Any], ...]
     reads: tuple[Read, ...]
-    methods: tuple[str, ...]
+    absent: tuple[str, ...]
     children: int
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
@@ -84,22 +87,26 @@ class MemberForm:
             self.foreign = _why_foreign(module, name, self.home)
         settings = settings_of(module, original_of(cls))
         reads = reads_of(module, original_of(cls))
-        methods = self._note_code(code_of(module, original_of(cls)), cls)
+        tensors = {*module._parameters, *module._buffers, *module._modules}
+        names = self._note_code(code_of(module, original_of(cls)), cls, tensors)
+        absent = tuple(sorted((names | tensors | {"_compiled_call_impl"}) - {*module.__dict__}))
         children = len(module._modules)
         self.parts.append(
-            _Part(name, parent, key, cls, effect, settings, reads, methods, children, parameters)
+            _Part(name, parent, key, cls, effect, settings, reads, absent, children, parameters)
         )
         for child_key, child in module._modules.items():
             self._add(child, f"{name}.{child_key}", index, child_key)
 
-    def _note_code(self, code: Code, cls: Any) -> tuple[str, ...]:
-        """Add it to that of the member; names of the methods that an instance must not replace."""
+    def _note_code(self, code: Code, cls: Any, tensors: set[str]) -> set[str]:
+        """Add it to that of the member; names of the methods that an instance may replace."""
         self._methods.update(dict.fromkeys(code.methods))
         self._functions.update({entry[0]: entry for entry in code.functions})
         names = {name for owner, name, _ in code.methods if issubclass(cls, owner)} - {"__call__"}
         if original_of(cls) is not cls:  # Anyone may set something on `type(module)` too.
             self._methods.update(dict.fromkeys((cls, name, getattr(cls, name)) for name in names))
-        return tuple(sorted(names))
+        # A property on the class would come before a parameter.
+        self._methods.update(dict.fromkeys((cls, n, getattr(cls, n, None)) for n in tensors))
+        return names
 
     def why_never_plain(self) -> str | None:
         """The reason why the member is plain at no call as long as it has this form, or None."""
@@ -122,7 +129,7 @@ class MemberForm:
             return f"{role} {reason}"
         modules: list[Any] = []
         for part in self.parts:
-            name, parent, key, cls, effect, settings, reads, methods, children, parameters = part
+            name, parent, key, cls, effect, settings, reads, absent, children, parameters = part
             module = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
             if type(module) is not cls and original_of(type(module)) is not original_of(cls):
@@ -137,9 +144,9 @@ class MemberForm:
                 or own["_backward_pre_hooks"]
             ):
                 return f"{role}{name} has a hook"
-            for method in methods:
-                if method in own:
-                    return f"{role}{name} has an instance-level {method}"
+            for attribute in absent:
+                if attribute in own:
+                    return f"{role}{name} has an instance-level {attribute}"
             if effect is not None and effect.happens(module):
                 return f"{role}{name} {effect.what}"
             for setting, value in settings:

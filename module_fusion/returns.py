@@ -23,7 +23,7 @@ _TENSORS = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 _NAMES = ("LOAD_ATTR", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF")
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One instruction; those that do two things are two."""
 
     name: str
@@ -42,7 +42,7 @@ def may_return_none(function: FunctionType) -> bool:
     """
     if returns_none(function.__code__):
         return True
-    steps = list(_steps(function))
+    steps = list(steps_of(function))
     return any(
         _may_be_none(steps, source, function, set())
         for index, step in enumerate(steps)
@@ -55,13 +55,13 @@ def may_return_none(function: FunctionType) -> bool:
 @lru_cache(maxsize=4096)
 def values_returned(function: FunctionType) -> int | None:
     """How many values every `return` puts in a tuple, None where that, or one, may be None."""
-    steps = list(_steps(function))
+    steps = list(steps_of(function))
     returns = [index for index, step in enumerate(steps) if step.name.startswith("RETURN_")]
     counts = {_values_at(steps, index, function) for index in returns}
     return counts.pop() if len(counts) == 1 else None
 
 
-def _values_at(steps: list[_Step], index: int, function: FunctionType) -> int | None:
+def _values_at(steps: list[Step], index: int, function: FunctionType) -> int | None:
     built = steps[index - 1]
     if built.name != "BUILD_TUPLE" or steps[index].is_target or built.is_target:
         return None
@@ -76,7 +76,7 @@ def _values_at(steps: list[_Step], index: int, function: FunctionType) -> int | 
     return int(built.value)
 
 
-def _start_of_expression(steps: list[_Step], end: int) -> int | None:
+def _start_of_expression(steps: list[Step], end: int) -> int | None:
     """Where the code begins that leaves one value on the stack at `end`; None after a jump."""
     depth = 0
     for index in range(end, -1, -1):
@@ -90,7 +90,7 @@ def _start_of_expression(steps: list[_Step], end: int) -> int | None:
     return None
 
 
-def _may_be_none(steps: list[_Step], index: int, function: FunctionType, seen: set[str]) -> bool:
+def _may_be_none(steps: list[Step], index: int, function: FunctionType, seen: set[str]) -> bool:
     """Whether what the step leaves on top of the stack may be None."""
     while index > 0 and steps[index].name in _COPIES:
         index -= 1
@@ -103,7 +103,7 @@ def _may_be_none(steps: list[_Step], index: int, function: FunctionType, seen: s
 
 
 def _variable_may_be_none(
-    steps: list[_Step], name: str, function: FunctionType, seen: set[str]
+    steps: list[Step], name: str, function: FunctionType, seen: set[str]
 ) -> bool:
     if name in seen:
         return False
@@ -117,7 +117,7 @@ def _variable_may_be_none(
     )
 
 
-def _sources(steps: list[_Step], index: int) -> list[int]:
+def _sources(steps: list[Step], index: int) -> list[int]:
     """The steps that may have left the value which this one takes."""
     offset = steps[index].offset
     jumps = [i - 1 for i, step in enumerate(steps) if step.jumps and step.value == offset]
@@ -125,7 +125,7 @@ def _sources(steps: list[_Step], index: int) -> list[int]:
     return [source for source in (*jumps, *([index - 1] if falls else [])) if source >= 0]
 
 
-def _steps(function: FunctionType) -> Iterator[_Step]:
+def steps_of(function: FunctionType) -> Iterator[Step]:
     for one in dis.get_instructions(function.__code__):
         if one.opname in _NOTHING:
             continue
@@ -135,7 +135,7 @@ def _steps(function: FunctionType) -> Iterator[_Step]:
             for store, value in zip(stores, one.argval, strict=True):
                 name = "STORE_FAST" if store else "LOAD_FAST"
                 effect = -1 if name == "STORE_FAST" else 1
-                yield _Step(name, value, effect, one.offset, False, one.is_jump_target)
+                yield Step(name, value, effect, one.offset, False, one.is_jump_target)
             continue
         effect = dis.stack_effect(one.opcode, one.arg, jump=False)
-        yield _Step(one.opname, one.argval, effect, one.offset, jumps, one.is_jump_target)
+        yield Step(one.opname, one.argval, effect, one.offset, jumps, one.is_jump_target)

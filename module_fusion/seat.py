@@ -20,16 +20,17 @@ import torch
 from kernels import use_kernel_forward_from_hub
 from torch import Tensor, nn
 
-from .bytecode import layers_of
+from .bytecode import function_of, layers_of
 from .context import why_fake
 from .deferred import DeferredOutput
 from .effects import is_code_read_once
 from .errors import SpecMismatchError
-from .modules import call_as_itself, state_of
+from .modules import ModuleState, call_as_itself, original_class, state_of
 from .packing import PackedWeights, Packing, packed_weights, why_not_packed
 from .plain import MemberForm
 from .returns import values_returned
 from .spec import External, Plan
+from .uses import is_used_more
 
 _MISSING = object()
 # With this begins the reason of a kernel without a backward.
@@ -142,7 +143,9 @@ class FusedKernel(nn.Module):
                 state.form = forms[index]
                 if index < len(states) - 1:
                     state.returned = _values_returned(state.original)
+                    state.used_by_others = _is_used_by_others(state, self._plan.uses_of(index))
                     state.speculation.used_in_compiled_code = False
+                    state.speculation.needs_gradient = False
         self.__dict__["_armed"] = armed
         chain = None if states[-1] is None else states[-1].chain
         if chain is not None:
@@ -240,6 +243,20 @@ class FusedKernel(nn.Module):
 def _values_returned(cls: Any) -> int | None:
     layers = layers_of(cls.forward)
     return values_returned(layers[0]) if len(layers) == 1 else None
+
+
+def _is_used_by_others(state: ModuleState, uses: int) -> bool:
+    """Whether the module around a collector uses its output for more than the chain."""
+    parent, member = (_module_of(known) for known in (state.boundary, state))
+    forward = None if parent is None else function_of(original_class(parent).forward)
+    if parent is None or forward is None:
+        return False
+    names = [name for name, child in parent._modules.items() if child is member]
+    return any(is_used_more(forward, name, uses) for name in names)
+
+
+def _module_of(state: ModuleState | None) -> nn.Module | None:
+    return None if state is None or state.module is None else state.module()
 
 
 @functools.lru_cache(maxsize=1024)

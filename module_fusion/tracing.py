@@ -31,12 +31,14 @@ class Speculation:
     that are fused by one call share one.
 
     In eager mode it does not hold either once a captured value went into compiled code: there
-    the same trace is for all of those blocks.
+    the same trace is for all of those blocks; nor, where gradients are recorded, once the
+    gradient of a captured value itself was asked for.
     """
 
     def __init__(self) -> None:
         self.holds = True
         self.used_in_compiled_code = False
+        self.needs_gradient = False
 
 
 def trace_again(call: Any) -> None:

@@ -56,6 +56,12 @@ class Written(Base):
     def adds(self, x: Any) -> None:
         self.a += 1
 
+    def adds_a_value(self, x: Any) -> None:
+        self.a += x
+
+    def takes_off(self, x: Any) -> None:
+        self.a -= 1
+
     def replaces(self, x: Any) -> None:
         self.a = self.a + x
 
@@ -137,7 +143,9 @@ def test_a_method_of_a_base_class_is_found() -> None:
 @pytest.mark.parametrize(
     ("method", "stores"),
     [
-        (Written.adds, [("own", "a")]),
+        (Written.adds, [("count", "a")]),
+        (Written.adds_a_value, [("own", "a")]),
+        (Written.takes_off, [("own", "a")]),
         (Written.replaces, [("own", "a")]),
         (Written.chains, [("own", "a"), ("own", "b")]),
         (Written.stores_elsewhere, [("attribute", "a")]),

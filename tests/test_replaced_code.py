@@ -274,7 +274,7 @@ def test_a_member_that_reads_what_its_child_keeps_is_left_alone(value: Any) -> N
 def test_what_a_child_counts_itself_is_its_own() -> None:
     class Counting(Activation):
         def forward(self, x: Tensor) -> Tensor:
-            self.factor = self.factor + 0
+            self.factor += 0
             return F.silu(x)
 
     class Counts(Mlp):
