@@ -11,13 +11,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from structure import structure
+from structure import plain_values, structure
 from torch import Tensor, nn
 
 from module_fusion import FusionError
 
-from .build import Built, run, seed
-from .flat import flat, gradients_of, relative_error, same_bits, same_kind
+from .build import Built, random_state, run, seed
+from .flat import flat, gradients_of, is_floating, relative_error, same_bits, same_kind
 
 LIMIT = 1.1
 # Of its own largest element, by how much a gradient may differ: one summed in another order by
@@ -50,9 +50,24 @@ class Exact(NamedTuple):
     noise: dict[str, float]
 
 
+class Backward(NamedTuple):
+    """What a run with gradients gives, and the random state after it."""
+
+    outputs: list[Any]
+    gradients: dict[str, Tensor | None]
+    drawn: Any
+
+
 @dataclasses.dataclass
 class Expected:
-    """What the unfused model gives."""
+    """What the unfused model gives.
+
+    Attributes:
+        values: the plain attributes that no run of it changes.
+        drawn: the random state after a run, None if it is another each time.
+        drawn_with_grad: after a run with gradients.
+        with_inputs: a run that has gradients of its floating inputs too, None if there is none.
+    """
 
     built: Built
     outputs: list[Any]
@@ -61,12 +76,24 @@ class Expected:
     why_no_gradients: str | None
     state: dict[str, Tensor]
     structure: Any
+    values: dict[tuple[str, str], str]
+    drawn: Any = None
+    drawn_with_grad: Any = None
+    with_inputs: Backward | None = None
+
+    def backward(self, of_inputs: bool) -> Backward | None:
+        """What a run with gradients gave, None if there is no such run."""
+        if of_inputs:
+            return self.with_inputs
+        if self.gradients is None:
+            return None
+        return Backward(self.with_grad, self.gradients, self.drawn_with_grad)
 
     @cached_property
     def exact(self) -> Exact | None:
         """What a twin in float64 gives, None if it does not run; the model must be unfused."""
         try:
-            twin = _in_float64(self.built)
+            twin = in_float64(self.built)
             outputs = flat(run(twin.model, twin.inputs))
             error = relative_error(self.outputs, outputs)
         except FusionError:
@@ -75,23 +102,28 @@ class Expected:
             return None
         if not error < FAR:
             return None
-        return Exact(outputs, error, _noise(twin, self.gradients or {}))
+        backward = self.with_inputs or self.backward(False)
+        gradients = {} if backward is None else backward.gradients
+        return Exact(outputs, error, _noise(twin, gradients, self.with_inputs is not None))
 
 
-def _in_float64(built: Built) -> Built:
+def in_float64(built: Built) -> Built:
+    """A twin in float64."""
     inputs = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.double() if is_floating(value) else value
         for name, value in built.inputs.items()
     }
     return Built(copy.deepcopy(built.model).double(), inputs, built.shrunk)
 
 
-def _noise(twin: Built, gradients: dict[str, Tensor | None]) -> dict[str, float]:
+def _noise(
+    twin: Built, gradients: dict[str, Tensor | None], of_inputs: bool = False
+) -> dict[str, float]:
     if not gradients:
         return {}
     seed()
     try:
-        _, exact = gradients_of(twin.model, twin.inputs)
+        _, exact = gradients_of(twin.model, twin.inputs, of_inputs)
     except FusionError:
         raise
     except Exception:
@@ -115,26 +147,46 @@ def expectation(built: Built) -> Expected:
     model, inputs = built.model, built.inputs
     try:
         outputs = flat(run(model, inputs))
+        drawn, before = random_state(), plain_values(model)
         again = flat(run(model, inputs))
     except Exception as error:
         raise NotComparable(f"a further run of the unfused model: {told(error)}") from error
     if not same_bits(again, outputs):
         raise NotComparable("two runs of the unfused model differ")
-    why = None
-    with_grad: list[Any] = outputs
-    gradients = None
-    try:
-        seed()
-        with_grad, gradients = gradients_of(model, inputs)
-        seed()
-        _, repeated = gradients_of(model, inputs)
-        if not same_bits([*repeated.values()], [*gradients.values()]):
-            why, gradients = "two backward passes of the unfused model differ", None
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:150]}"
+    drawn = drawn if drawn == random_state() else None
+    backward, why = _backward(built, of_inputs=False)
+    with_inputs = None
+    if any(map(is_floating, inputs.values())):
+        with_inputs, _ = _backward(built, of_inputs=True)
     model.zero_grad(set_to_none=True)
     state = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
-    return Expected(built, outputs, with_grad, gradients, why, state, structure(model))
+    gradients = backward or Backward(outputs, {}, None)
+    return Expected(
+        built, outputs, gradients.outputs, backward and backward.gradients, why, state,
+        structure(model), kept_values(model, before), drawn, gradients.drawn, with_inputs,
+    )  # fmt: skip
+
+
+def _backward(built: Built, of_inputs: bool) -> tuple[Backward | None, str | None]:
+    """A run with gradients of the unfused model; or None and why there is none."""
+    runs = []
+    try:
+        for _ in range(2):
+            seed()
+            found = gradients_of(built.model, built.inputs, of_inputs)
+            runs.append(Backward(*found, random_state()))
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error)[:150]}"
+    first, again = runs
+    if not same_bits([*again.gradients.values()], [*first.gradients.values()]):
+        return None, "two backward passes of the unfused model differ"
+    return first._replace(drawn=first.drawn if first.drawn == again.drawn else None), None
+
+
+def kept_values(model: nn.Module, before: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """The plain attributes that runs of the unfused model have not changed since."""
+    now = plain_values(model)
+    return {where: value for where, value in before.items() if now.get(where) == value}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -173,6 +225,11 @@ def check_untouched(expected: Expected, what: str) -> None:
     model = expected.built.model
     if structure(model) != expected.structure:
         raise Fault(f"after {what} the model is not as it was")
+    now = plain_values(model)
+    for where, value in expected.values.items():
+        if now.get(where) != value:
+            path = ".".join(filter(None, where))
+            raise Fault(f"after {what} {path} is {now.get(where)}, it was {value}")
     check_state(expected, f"after {what} the state dict is not as it was")
 
 
@@ -182,6 +239,20 @@ def check_state(expected: Expected, fault: str) -> None:
     names_differ = list(state) != list(expected.state)
     if names_differ or not same_bits([*state.values()], [*expected.state.values()]):
         raise Fault(fault)
+
+
+def check_drawn(expected: Any, how: str) -> None:
+    """As many random numbers were drawn since `seed` as by the unfused model.
+
+    Args:
+        expected: the random state after a run of it, None if it is another each time.
+        how: the model was fused, for the fault.
+
+    Raises:
+        Fault: more, or fewer.
+    """
+    if expected is not None and random_state() != expected:
+        raise Fault(f"other random numbers were drawn {how}")
 
 
 def check_outputs(found: list[Any], expected: list[Any], how: str) -> None:
@@ -243,7 +314,7 @@ def check_gradients(
     """Each gradient is what it was, up to rounding; the model must be unfused.
 
     Args:
-        found: by the name of the parameter.
+        found: by the name of the parameter, and of the input where inputs have gradients too.
         expected: of the unfused model, with gradients.
         within: the share of its own largest element by which a gradient may differ.
         how: the model was fused, for the fault.
@@ -251,7 +322,8 @@ def check_gradients(
     Raises:
         Fault: a gradient differs by more, is missing, or should not be there.
     """
-    theirs = expected.gradients or {}
+    backward = expected.backward(any(name.startswith("input ") for name in found))
+    theirs = {} if backward is None else backward.gradients
     if list(found) != list(theirs):
         raise Fault(f"the parameters differ {how}")
     sizes = [_largest(gradient) for gradient in theirs.values() if gradient is not None]
