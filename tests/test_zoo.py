@@ -206,10 +206,27 @@ def test_a_kernel_that_ran_in_some_blocks_is_counted_apart(tmp_path: Path) -> No
     assert "| 2 | why |" in text
     assert "there being no float64 twin | 1 |" in text
     assert "| architectures in which a check ran out of memory | 1 |" in text
+    assert "the kernel was called. On a CPU in float32 the one of `patch_embeddings` itself" in text
     said = "1 of the architectures were checked by an earlier state of the package"
     assert said in text
     table.write([{**row, "sources": sources.digest()}], tmp_path)
     assert said not in (tmp_path / "zoo.md").read_text()
+
+
+def test_groups_that_leave_the_kernel_with_gradients_are_counted(tmp_path: Path) -> None:
+    group = {"family": "patch_embeddings", "paths": ["a"], "outcome": "kernel", "reason": None}
+    groups = [
+        {**group, "with_gradients": "kernel"}, {**group, "with_gradients": "members"}, group,
+        {**group, "outcome": "members", "with_gradients": "members"},
+    ]  # fmt: skip
+    row = {
+        "architecture": "bert", "status": "checked", "class": "A", "of_pairs": 0, "pairs": [],
+        "groups": groups, "faults": [], "no_gradients": None,
+    }  # fmt: skip
+    table.write([row], tmp_path)
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| patch_embeddings: groups fused, on the kernel | 3 of 4 (75.0 %) |" in text
+    assert "on it with gradients too, of those run with gradients | 1 of 2 (50.0 %) |" in text
 
 
 def tiny() -> Built:
