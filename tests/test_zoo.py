@@ -24,7 +24,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from support import Model
-from zoo import check, compare, discover, extras, heads, pairs, sources, table, worker
+from zoo import check, compare, discover, extras, heads, pairs, rounding, sources, table, worker
 from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
 from zoo.flat import flat, same_bits
@@ -585,10 +585,10 @@ def test_each_gradient_is_compared_by_its_own_size() -> None:
     torch.manual_seed(0)
     expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))
     right = dict(expected.gradients or {})
-    for within in (compare.ANOTHER_ORDER, compare.ANOTHER_KERNEL):
+    for within in (rounding.ANOTHER_ORDER, rounding.ANOTHER_KERNEL):
 
         def checked(within: float = within, **changed: Any) -> None:
-            compare.check_gradients({**right, **changed}, expected, within, "now")
+            rounding.check_gradients({**right, **changed}, expected, within, "now")
 
         checked()
         checked(large=right["large"] * (1 + within / 2), shift=-right["shift"])
@@ -611,7 +611,7 @@ def test_beside_an_infinite_gradient_the_others_are_compared_as_ever() -> None:
     infinite = torch.full((8,), torch.inf)
     infinite[:4] = right["small"][:4]
     expected.gradients = {**right, "small": infinite}
-    compare.check_gradients({**right, "small": infinite.clone()}, expected, 1e-3, "now")
+    rounding.check_gradients({**right, "small": infinite.clone()}, expected, 1e-3, "now")
     for name, wrong in (
         ("large", right["large"] * 2),
         ("small", -infinite),
@@ -621,7 +621,7 @@ def test_beside_an_infinite_gradient_the_others_are_compared_as_ever() -> None:
     ):
         found = {**right, "small": infinite, name: wrong}
         with pytest.raises(compare.Fault, match=f"the gradient of {name} differs"):
-            compare.check_gradients(found, expected, 1e-3, "now")
+            rounding.check_gradients(found, expected, 1e-3, "now")
 
 
 class Large(nn.Module):
@@ -641,12 +641,12 @@ def test_a_small_output_is_compared_beside_a_large_one() -> None:
         return [values.get(i, value) for i, value in enumerate(expected.outputs)]
 
     large, small = (expected.outputs[place] for place in places)
-    compare.check_accuracy(outputs(large * (1 + 2**-23), small), expected)
+    rounding.check_accuracy(outputs(large * (1 + 2**-23), small), expected)
     for twin in (True, False):
         if not twin:
             expected.__dict__["exact"] = None
         with pytest.raises(compare.Fault, match=r"of output \d alone"):
-            compare.check_accuracy(outputs(large, torch.zeros_like(small)), expected)
+            rounding.check_accuracy(outputs(large, torch.zeros_like(small)), expected)
 
 
 def test_a_twin_without_finite_gradients_tells_nothing_of_their_rounding() -> None:
@@ -674,12 +674,12 @@ def test_without_a_float64_twin_the_outputs_of_fuse_are_compared_with_the_unfuse
     built = tiny()
     expected = compare.expectation(built)
     near = [expected.outputs[0] * (1 + 2**-23)]
-    assert compare.check_accuracy(near, expected) == "float64"
+    assert rounding.check_accuracy(near, expected) == "float64"
     expected = dataclasses.replace(expected)
     monkeypatch.setattr(compare, "FAR", 0.0)
-    assert compare.check_accuracy(near, expected) == "unfused"
+    assert rounding.check_accuracy(near, expected) == "unfused"
     with pytest.raises(compare.Fault, match="accuracy of `fuse`"):
-        compare.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
+        rounding.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
 
 
 class Holder:

@@ -18,14 +18,10 @@ from module_fusion.spec import forward_signature, infer_specs, make_plan
 
 from .build import Built, run, seed
 from .compare import (
-    ANOTHER_KERNEL,
-    ANOTHER_ORDER,
     Expected,
     Fault,
-    check_accuracy,
     check_alike,
     check_drawn,
-    check_gradients,
     check_outputs,
     check_state,
     check_untouched,
@@ -35,6 +31,7 @@ from .compare import (
 )
 from .flat import flat, gradients_of, same_bits
 from .pairs import Pair, first_match, pairs_of
+from .rounding import ANOTHER_KERNEL, ANOTHER_ORDER, check_accuracy, check_gradients
 
 Gradients = dict[str, Any]
 # Why a kernel that runs without gradients may leave a call with them to the members.
@@ -182,7 +179,7 @@ def check_fuse(built: Built, expected: Expected) -> dict[str, Any]:
 
     Returns:
         `{"groups": ..., "reference": ...}`: what became of each group, and what the outputs were
-        compared with, by `compare.check_accuracy`.
+        compared with, by `rounding.check_accuracy`.
 
     Raises:
         Fault: something is not what it was, up to rounding; or any error, of whatever type.

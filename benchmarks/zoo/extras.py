@@ -22,12 +22,12 @@ from .compare import (
     Exact,
     Expected,
     Fault,
-    check_accuracy,
     check_alike,
     in_float64,
     kept_values,
 )
 from .flat import flat, relative_error, same_bits
+from .rounding import check_accuracy
 
 NEW_TOKENS = 8
 Pair = tuple[str, str]

@@ -20,7 +20,7 @@ from .sources import digest
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
-# What `compare.check_accuracy` says; rows of earlier sweeps do not have it.
+# What `rounding.check_accuracy` says; rows of earlier sweeps do not have it.
 REFERENCES = {
     "same bits": "the same bits",
     "float64": "compared with float64",
