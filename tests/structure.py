@@ -66,6 +66,23 @@ def structure(model: nn.Module) -> Structure:
     )
 
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+def plain_values(model: nn.Module) -> dict[tuple[str, str], str]:
+    """The attributes of every module that are plain values, or tuples of them, by path and name."""
+    return {
+        (path, name): repr(value)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) in PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+
+
 def _structure_of(module: nn.Module) -> ModuleStructure:
     own = module.__dict__
     containers = [name for name in CONTAINERS if name in own]

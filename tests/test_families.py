@@ -774,6 +774,104 @@ def test_which_child_feeds_which_is_read_from_loops_over_containers() -> None:
     }
 
 
+class Ways(nn.Module):
+    """A norm before an MLP; each subclass writes it in another way."""
+
+    pre = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.other = Norm(8), Mlp(8), nn.Linear(8, 8)
+
+
+class Annotated(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.norm(x)
+        h: Tensor
+        return x + self.mlp(h)
+
+
+class InATuple(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        (residual, _), h = (x, self.other(x)), self.norm(x)
+        return residual + self.mlp(h)
+
+
+class Swapped(Ways):
+    """All is computed before anything is assigned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, x = self.norm(x), self.other(x)
+        h, x = x, h
+        return h + self.mlp(x)
+
+
+class InATest(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        if (h := self.norm(x)) is not None:
+            return x + self.mlp(h)
+        return x
+
+
+class InAnArgument(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(h := self.norm(x)) * (h is None)
+
+
+class Aliases(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        norm, mlp = self.norm, self.mlp
+        return x + mlp(norm(x))
+
+
+class OneOfTwo(Ways):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x) if self.pre else x
+        return x + self.mlp(h)
+
+
+class InAChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"norm": Norm(8), "mlp": Mlp(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        return x + self.inner.mlp(inner.norm(x))
+
+
+WAYS = (Annotated, InATuple, Swapped, InATest, InAnArgument, Aliases, OneOfTwo, InAChild)
+
+
+@pytest.mark.parametrize("cls", WAYS)
+def test_a_norm_before_an_mlp_is_fused_however_the_block_is_written(cls: type[nn.Module]) -> None:
+    model, x = cls(), torch.randn(2, 3, 8)
+    expected = model(x)
+    found = fuse(model, {"rms_norm_mlp": True}).fused
+    inside = "inner." if cls is InAChild else ""
+    assert [group.paths for group in found] == [(f"{inside}norm", f"{inside}mlp")]
+    torch.testing.assert_close(model(x), expected)
+    (group,) = report(model).groups
+    assert (group.kernel_calls, group.member_calls) == (1, 0)
+
+
+class Unrelated(Ways):
+    """What the MLP gets is not the norm's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y = self.norm(x), x
+        x = self.mlp(y) + h
+        h, *_ = x, self.norm(x)
+        x = self.mlp(h)
+        h: Tensor = self.norm(x)
+        h: Tensor = x
+        return self.mlp(h)
+
+
+def test_a_tuple_gives_each_variable_its_own_value() -> None:
+    assert ("norm", "mlp") not in feeding_pairs(Unrelated())
+
+
 def test_a_chain_of_the_family_in_another_chain_already_is_skipped_with_the_reason(
     llama: nn.Module,
 ) -> None:

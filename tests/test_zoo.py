@@ -6,6 +6,7 @@ The checks are those of `benchmarks/zoo`, which goes over every architecture.
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 import sys
 from collections import deque
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from support import Model
-from zoo import check, compare, discover, heads, pairs, sources, table, worker
+from zoo import check, compare, discover, extras, heads, pairs, rounding, sources, table, worker
 from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
 from zoo.flat import flat, same_bits
@@ -35,6 +36,7 @@ from zoo.subset import SUBSET
 from module_fusion import UnfuseError
 from module_fusion.chain import Chain
 from module_fusion.modules import FusedModule, state_of
+from module_fusion.seat import NEEDS_GRADIENTS, FusedKernel
 
 FOREVER = float("inf")
 # How many norms before gated MLPs, and patch embeddings, those that have any have.
@@ -204,16 +206,35 @@ def test_a_kernel_that_ran_in_some_blocks_is_counted_apart(tmp_path: Path) -> No
     assert "| 2 | why |" in text
     assert "there being no float64 twin | 1 |" in text
     assert "| architectures in which a check ran out of memory | 1 |" in text
+    assert "the kernel was called. On a CPU in float32 the one of `patch_embeddings` itself" in text
     said = "1 of the architectures were checked by an earlier state of the package"
     assert said in text
     table.write([{**row, "sources": sources.digest()}], tmp_path)
     assert said not in (tmp_path / "zoo.md").read_text()
 
 
+def test_groups_that_leave_the_kernel_with_gradients_are_counted(tmp_path: Path) -> None:
+    group = {"family": "patch_embeddings", "paths": ["a"], "outcome": "kernel", "reason": None}
+    groups = [
+        {**group, "with_gradients": "kernel"}, {**group, "with_gradients": "members"}, group,
+        {**group, "outcome": "members", "with_gradients": "members"},
+    ]  # fmt: skip
+    row = {
+        "architecture": "bert", "status": "checked", "class": "A", "of_pairs": 0, "pairs": [],
+        "groups": groups, "faults": [], "no_gradients": None,
+    }  # fmt: skip
+    table.write([row], tmp_path)
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| patch_embeddings: groups fused, on the kernel | 3 of 4 (75.0 %) |" in text
+    assert "on it with gradients too, of those run with gradients | 1 of 2 (50.0 %) |" in text
+
+
 def tiny() -> Built:
     """Two blocks, each with a norm before a gated MLP."""
     torch.manual_seed(0)
-    return Built(perturbed(Model(2)), {"x": torch.randn(2, 3, 8)}, "all", part_of="a test")
+    model = Model(2)
+    model.layers[0].norm.sizes = (8, 1e-6)
+    return Built(perturbed(model), {"x": torch.randn(2, 3, 8)}, "all", part_of="a test")
 
 
 def faults_of(built: Built) -> list[dict[str, str]]:
@@ -226,6 +247,7 @@ def test_the_small_model_of_these_tests_has_no_fault() -> None:
     found = check.check(built, compare.expectation(built), FOREVER)
     assert found["faults"] == []
     assert [group["outcome"] for group in found["groups"]] == ["kernel", "kernel"]
+    assert [group["with_gradients"] for group in found["groups"]] == ["kernel", "kernel"]
     assert [pair["outcome"] for pair in found["pairs"]].count("kernel") == 2
     assert found["reference"] == "same bits"
 
@@ -254,6 +276,37 @@ def _gradient_times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
         return output
 
     return change
+
+
+def _drawing(draw: Callable[[], object]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(output: torch.Tensor) -> torch.Tensor:
+        draw()
+        return output
+
+    return change
+
+
+def _never_where(condition: Callable[[], bool], reason: str) -> Plant:
+    """Leaves calls to the members."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        def why_not_these(self: FusedKernel, inputs: list[Any], weights: list[Any]) -> str | None:
+            return reason if condition() else real(self, inputs, weights)
+
+        real = FusedKernel.why_not_these
+        monkeypatch.setattr(FusedKernel, "why_not_these", why_not_these)
+
+    return plant
+
+
+def _lose_the_gradient_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the caller gave."""
+
+    def run_kernel(self: Chain, inputs: list[Any]) -> Any:
+        return real(self, [x.detach() if x.is_leaf else x for x in inputs])
+
+    real = Chain.run_kernel
+    monkeypatch.setattr(Chain, "run_kernel", run_kernel)
 
 
 class Marked(torch.Tensor):
@@ -296,6 +349,10 @@ def _leave_an_attribute(model: nn.Module) -> None:
     model.layers[0].norm.left = 1
 
 
+def _change_a_value(model: nn.Module) -> None:
+    model.layers[0].norm.sizes = (8, 1e-5)
+
+
 def _leave_a_hook(model: nn.Module) -> None:
     model.layers[0].norm.register_forward_hook(lambda *args: None)
 
@@ -321,6 +378,15 @@ def _raise(model: nn.Module) -> None:
         (_without_a_kernel, "->", "outputs differ without a kernel"),
         (_undoing(_leave_an_attribute), "fuse", "after undoing `fuse` the model is not as it was"),
         (_undoing(_leave_an_attribute), "->", "after undoing the model is not as it was"),
+        (_after_kernels(True, _drawing(lambda: torch.rand(1))), "fuse", "other random numbers"),
+        (_after_kernels(False, _drawing(lambda: torch.rand(1))), "->", "other random numbers"),
+        (_after_kernels(True, _drawing(numpy.random.rand)), "fuse", "other random numbers"),
+        (_after_kernels(True, _drawing(random.random)), "fuse", "other random numbers"),
+        (_never_where(torch.is_grad_enabled, "why"), "fuse", "does not run with gradients: why"),
+        (_lose_the_gradient_of_inputs, "fuse", "the gradient of input x differs with `fuse`"),
+        (_lose_the_gradient_of_inputs, "->", "the gradient of input x differs with a kernel"),
+        (_undoing(_change_a_value), "fuse", r"layers.0.norm.sizes is \(8, 1e-05\), it was \(8, 1e"),
+        (_undoing(_change_a_value), "->", r"layers.0.norm.sizes is \(8, 1e-05\), it was"),
         (_undoing(_leave_a_hook), "->", "after undoing the model is not as it was"),
         (_undoing(_change_a_weight), "fuse", "after undoing `fuse` the state dict is not as it"),
         (_undoing(_raise), "fuse", "UnfuseError: the class was changed"),
@@ -335,6 +401,105 @@ def test_a_fault_of_the_library_is_found(
         plant(planted)
         faults = faults_of(built)
     assert [f for f in faults if where in f["what"] and re.search(fault, f["fault"])], faults
+
+
+def test_a_kernel_without_a_backward_is_no_fault_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    _never_where(torch.is_grad_enabled, f"{NEEDS_GRADIENTS} and it has none")(monkeypatch)
+    found = check.check(built, expected, FOREVER)
+    assert found["faults"] == []
+    assert [(g["outcome"], g["with_gradients"]) for g in found["groups"]] == [
+        ("kernel", "members")
+    ] * 2
+
+
+class Talking(Model):
+    """Gives one token after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.embed = nn.Embedding(8, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.embed(input_ids))
+
+    def can_generate(self) -> bool:
+        return True
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **options: Any) -> Any:
+        logits = []
+        for _ in range(max_new_tokens):
+            logits.append(self(input_ids[:, -1:])[:, -1])
+            input_ids = torch.cat([input_ids, logits[-1].argmax(-1, keepdim=True)], 1)
+        return SimpleNamespace(sequences=input_ids, logits=tuple(logits))
+
+
+def talking() -> Built:
+    torch.manual_seed(0)
+    return Built(perturbed(Talking()), {"input_ids": torch.tensor([[3, 1, 2]])}, "all")
+
+
+PAIR = ("layers.*.norm", "layers.*.mlp")
+
+
+@pytest.mark.parametrize(
+    ("checked", "plant", "fault"),
+    [
+        (
+            extras.check_generate,
+            _after_kernels(True, lambda y: y * (1 + 1e-4) if y.shape[1] == 1 else y),
+            "generate, with `fuse`: accuracy of `fuse`",
+        ),
+        (
+            extras.check_compiled,
+            _after_kernels(
+                True, lambda y: y * (1 + 1e-5) if torch.compiler.is_dynamo_compiling() else y
+            ),
+            "compiled, with `fuse`: accuracy of `fuse`",
+        ),
+        (
+            extras.check_compiled,
+            _never_where(torch.compiler.is_dynamo_compiling, "why"),
+            "compiled: 0 of 2 calls of kernels are in the graph with `fuse`",
+        ),
+    ],
+)
+def test_a_fault_in_steps_of_one_token_or_in_a_graph_is_found(
+    checked: Callable[..., Any], plant: Plant, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = talking()
+    expected = compare.expectation(built)
+    assert checked(built, expected, PAIR) == "same"
+    plant(monkeypatch)
+    with pytest.raises(compare.Fault, match=fault):
+        checked(built, expected, PAIR)
+
+
+class Drawing(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + torch.rand(()) * numpy.random.rand())
+
+
+class NoGradientOfInputs(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.from_numpy(x.numpy()))
+
+
+@pytest.mark.parametrize(("cls", "has_them"), [(Drawing, True), (NoGradientOfInputs, False)])
+def test_models_that_draw_or_give_inputs_no_gradients_have_no_fault(
+    cls: type[Model], has_them: bool
+) -> None:
+    torch.manual_seed(0)
+    built = Built(perturbed(cls(2)), {"x": torch.randn(2, 3, 8)}, "all")
+    expected = compare.expectation(built)
+    assert expected.gradients is not None
+    assert (expected.with_inputs is not None) is has_them
+    found = check.check(built, expected, FOREVER)
+    assert found["faults"] == []
+    assert [group["with_gradients"] for group in found["groups"]] == ["kernel", "kernel"]
 
 
 def test_an_error_while_undoing_does_not_hide_what_was_wrong_before(
@@ -420,10 +585,10 @@ def test_each_gradient_is_compared_by_its_own_size() -> None:
     torch.manual_seed(0)
     expected = compare.expectation(Built(Uneven(), {"x": torch.randn(64, 8)}, "all"))
     right = dict(expected.gradients or {})
-    for within in (compare.ANOTHER_ORDER, compare.ANOTHER_KERNEL):
+    for within in (rounding.ANOTHER_ORDER, rounding.ANOTHER_KERNEL):
 
         def checked(within: float = within, **changed: Any) -> None:
-            compare.check_gradients({**right, **changed}, expected, within, "now")
+            rounding.check_gradients({**right, **changed}, expected, within, "now")
 
         checked()
         checked(large=right["large"] * (1 + within / 2), shift=-right["shift"])
@@ -446,7 +611,7 @@ def test_beside_an_infinite_gradient_the_others_are_compared_as_ever() -> None:
     infinite = torch.full((8,), torch.inf)
     infinite[:4] = right["small"][:4]
     expected.gradients = {**right, "small": infinite}
-    compare.check_gradients({**right, "small": infinite.clone()}, expected, 1e-3, "now")
+    rounding.check_gradients({**right, "small": infinite.clone()}, expected, 1e-3, "now")
     for name, wrong in (
         ("large", right["large"] * 2),
         ("small", -infinite),
@@ -456,7 +621,7 @@ def test_beside_an_infinite_gradient_the_others_are_compared_as_ever() -> None:
     ):
         found = {**right, "small": infinite, name: wrong}
         with pytest.raises(compare.Fault, match=f"the gradient of {name} differs"):
-            compare.check_gradients(found, expected, 1e-3, "now")
+            rounding.check_gradients(found, expected, 1e-3, "now")
 
 
 class Large(nn.Module):
@@ -476,12 +641,12 @@ def test_a_small_output_is_compared_beside_a_large_one() -> None:
         return [values.get(i, value) for i, value in enumerate(expected.outputs)]
 
     large, small = (expected.outputs[place] for place in places)
-    compare.check_accuracy(outputs(large * (1 + 2**-23), small), expected)
+    rounding.check_accuracy(outputs(large * (1 + 2**-23), small), expected)
     for twin in (True, False):
         if not twin:
             expected.__dict__["exact"] = None
         with pytest.raises(compare.Fault, match=r"of output \d alone"):
-            compare.check_accuracy(outputs(large, torch.zeros_like(small)), expected)
+            rounding.check_accuracy(outputs(large, torch.zeros_like(small)), expected)
 
 
 def test_a_twin_without_finite_gradients_tells_nothing_of_their_rounding() -> None:
@@ -509,12 +674,12 @@ def test_without_a_float64_twin_the_outputs_of_fuse_are_compared_with_the_unfuse
     built = tiny()
     expected = compare.expectation(built)
     near = [expected.outputs[0] * (1 + 2**-23)]
-    assert compare.check_accuracy(near, expected) == "float64"
+    assert rounding.check_accuracy(near, expected) == "float64"
     expected = dataclasses.replace(expected)
     monkeypatch.setattr(compare, "FAR", 0.0)
-    assert compare.check_accuracy(near, expected) == "unfused"
+    assert rounding.check_accuracy(near, expected) == "unfused"
     with pytest.raises(compare.Fault, match="accuracy of `fuse`"):
-        compare.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
+        rounding.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
 
 
 class Holder:

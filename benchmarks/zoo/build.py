@@ -145,6 +145,13 @@ def seed() -> None:
     random.seed(3)
 
 
+def random_state() -> tuple[Any, ...]:
+    """How many random numbers were drawn since `seed`, as the states of the generators."""
+    name, keys, *rest = numpy.random.get_state()
+    numbers = torch.get_rng_state().numpy().tobytes()
+    return numbers, name, keys.tobytes(), *rest, random.getstate()
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """What the model returns, without gradients."""
     seed()

@@ -13,17 +13,15 @@ from support import mapped, members_kernel, runs
 from torch import nn
 
 from module_fusion import FusionError, fuse, fuse_modules, report, unfuse_modules
+from module_fusion.seat import NEEDS_GRADIENTS
 from module_fusion.spec import forward_signature, infer_specs, make_plan
 
 from .build import Built, run, seed
 from .compare import (
-    ANOTHER_KERNEL,
-    ANOTHER_ORDER,
     Expected,
     Fault,
-    check_accuracy,
     check_alike,
-    check_gradients,
+    check_drawn,
     check_outputs,
     check_state,
     check_untouched,
@@ -33,8 +31,11 @@ from .compare import (
 )
 from .flat import flat, gradients_of, same_bits
 from .pairs import Pair, first_match, pairs_of
+from .rounding import ANOTHER_KERNEL, ANOTHER_ORDER, check_accuracy, check_gradients
 
 Gradients = dict[str, Any]
+# Why a kernel that runs without gradients may leave a call with them to the members.
+REASONS_WITH_GRADIENTS = (NEEDS_GRADIENTS, "the members are called under different grad modes")
 
 
 def check_pair(built: Built, expected: Expected, pair: Pair) -> dict[str, Any]:
@@ -133,15 +134,19 @@ def _kernel_for(model: nn.Module, pair: Pair) -> type[nn.Module]:
 
 def _compare(built: Built, expected: Expected, how: str) -> Gradients | None:
     """Compare the outputs; the gradients if they are not the same to the bit."""
-    if how == "with a kernel" or expected.gradients is None:
+    of_inputs = expected.with_inputs is not None
+    backward = expected.backward(of_inputs)
+    if how == "with a kernel" or backward is None:
         check_outputs(flat(run(built.model, built.inputs)), expected.outputs, how)
-    if expected.gradients is None:
+        check_drawn(expected.drawn, how)
+    if backward is None:
         return None
     seed()
-    outputs, gradients = gradients_of(built.model, built.inputs)
-    check_outputs(outputs, expected.with_grad, f"{how} with gradients")
-    same_names = list(gradients) == list(expected.gradients)
-    if same_names and same_bits([*gradients.values()], [*expected.gradients.values()]):
+    outputs, gradients = gradients_of(built.model, built.inputs, of_inputs)
+    check_drawn(backward.drawn, f"{how} with gradients")
+    check_outputs(outputs, backward.outputs, f"{how} with gradients")
+    same_names = list(gradients) == list(backward.gradients)
+    if same_names and same_bits([*gradients.values()], [*backward.gradients.values()]):
         return None
     return gradients
 
@@ -174,37 +179,76 @@ def check_fuse(built: Built, expected: Expected) -> dict[str, Any]:
 
     Returns:
         `{"groups": ..., "reference": ...}`: what became of each group, and what the outputs were
-        compared with, by `compare.check_accuracy`.
+        compared with, by `rounding.check_accuracy`.
 
     Raises:
         Fault: something is not what it was, up to rounding; or any error, of whatever type.
     """
-    gradients = None
+    gradients = []
     with all_families(built, expected) as found:
         outputs = flat(run(built.model, built.inputs))
-        ran = {group.paths: group for group in report(built.model).groups}
+        check_drawn(expected.drawn, "with `fuse`")
+        ran = _groups(built)
         check_state(expected, "`fuse` changed the state dict")
         check_alike(outputs, expected.outputs, "with `fuse`")
-        if expected.gradients is not None and ran:
-            seed()
-            with_grad, gradients = gradients_of(built.model, built.inputs)
-            check_alike(with_grad, expected.with_grad, "with `fuse` and gradients")
+        for of_inputs in (False, True) if ran else ():
+            backward = expected.backward(of_inputs)
+            if backward is not None:
+                seed()
+                with_grad, now = gradients_of(built.model, built.inputs, of_inputs)
+                check_drawn(backward.drawn, "with `fuse` and gradients")
+                check_alike(with_grad, backward.outputs, "with `fuse` and gradients")
+                gradients.append(now)
+        then = _groups(built) if gradients else {}
     reference = check_accuracy(outputs, expected)
-    if gradients is not None:
-        check_gradients(gradients, expected, ANOTHER_KERNEL, "with `fuse`")
-    return {"groups": [_row(group, ran) for group in found.groups], "reference": reference}
+    for now in gradients:
+        check_gradients(now, expected, ANOTHER_KERNEL, "with `fuse`")
+    rows = [_row(group, ran, then) for group in found.groups]
+    check_ran_with_gradients(rows)
+    return {"groups": rows, "reference": reference}
 
 
-def _row(group: Any, ran: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+def _groups(built: Built) -> dict[tuple[str, ...], Any]:
+    return {group.paths: group for group in report(built.model).groups}
+
+
+def _row(
+    group: Any, ran: dict[tuple[str, ...], Any], then: dict[tuple[str, ...], Any]
+) -> dict[str, Any]:
+    """What became of a group in the run without gradients, and in those with them after it."""
     row = {"family": group.family, "paths": list(group.paths), "reason": group.reason}
     row["outcome"] = "skipped"
     if group.paths in ran and group.action != "skipped":
         now = ran[group.paths]
-        row["outcome"] = "kernel" if now.kernel_calls and not now.member_calls else "members"
+        row["outcome"] = _ran(now.kernel_calls, now.member_calls)
         row["reason"] = now.reason
-        if not now.kernel_calls and not now.member_calls:
-            row["outcome"] = "not called"
+        later = then.get(group.paths)
+        if later is not None:
+            calls = later.member_calls - now.member_calls
+            row["with_gradients"] = _ran(later.kernel_calls - now.kernel_calls, calls)
+            if calls:
+                row["reason_with_gradients"] = later.reason
     return row
+
+
+def _ran(kernel_calls: int, member_calls: int) -> str:
+    if member_calls:
+        return "members"
+    return "kernel" if kernel_calls else "not called"
+
+
+def check_ran_with_gradients(rows: list[dict[str, Any]]) -> None:
+    """The kernels that ran without gradients ran with them too.
+
+    Raises:
+        Fault: one did not, for a reason that gradients are none for.
+    """
+    for row in rows:
+        if row["outcome"] == "kernel" and row.get("with_gradients") == "members":
+            reason = str(row["reason_with_gradients"])
+            if not reason.startswith(REASONS_WITH_GRADIENTS):
+                where = " -> ".join(row["paths"])
+                raise Fault(f"the kernel of {where} does not run with gradients: {reason}")
 
 
 def check(

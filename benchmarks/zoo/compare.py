@@ -1,4 +1,4 @@
-"""What the unfused model gives, and comparing with it."""
+"""What the unfused model gives, and comparing with it to the bit."""
 
 from __future__ import annotations
 
@@ -10,22 +10,14 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
-from structure import structure
+from structure import plain_values, structure
 from torch import Tensor, nn
 
 from module_fusion import FusionError
 
-from .build import Built, run, seed
-from .flat import flat, gradients_of, relative_error, same_bits, same_kind
+from .build import Built, random_state, run, seed
+from .flat import flat, gradients_of, is_floating, relative_error, same_bits, same_kind
 
-LIMIT = 1.1
-# Of its own largest element, by how much a gradient may differ: one summed in another order by
-# some units, one of a family's kernels by float32 rounding through a deep model.
-ANOTHER_ORDER = 100 * torch.finfo(torch.float32).eps
-ANOTHER_KERNEL = 1e-3
-NOISE = 10  # How many times its own error against float64 a gradient may differ in any case.
-ALONE = 100  # How many times that of all outputs the error of one may be: by cancellation.
 FAR = 1e-2  # From here on a float64 twin computed something else, with other random numbers say.
 
 
@@ -50,9 +42,24 @@ class Exact(NamedTuple):
     noise: dict[str, float]
 
 
+class Backward(NamedTuple):
+    """What a run with gradients gives, and the random state after it."""
+
+    outputs: list[Any]
+    gradients: dict[str, Tensor | None]
+    drawn: Any
+
+
 @dataclasses.dataclass
 class Expected:
-    """What the unfused model gives."""
+    """What the unfused model gives.
+
+    Attributes:
+        values: the plain attributes that no run of it changes.
+        drawn: the random state after a run, None if it is another each time.
+        drawn_with_grad: after a run with gradients.
+        with_inputs: a run that has gradients of its floating inputs too, None if there is none.
+    """
 
     built: Built
     outputs: list[Any]
@@ -61,12 +68,24 @@ class Expected:
     why_no_gradients: str | None
     state: dict[str, Tensor]
     structure: Any
+    values: dict[tuple[str, str], str]
+    drawn: Any = None
+    drawn_with_grad: Any = None
+    with_inputs: Backward | None = None
+
+    def backward(self, of_inputs: bool) -> Backward | None:
+        """What a run with gradients gave, None if there is no such run."""
+        if of_inputs:
+            return self.with_inputs
+        if self.gradients is None:
+            return None
+        return Backward(self.with_grad, self.gradients, self.drawn_with_grad)
 
     @cached_property
     def exact(self) -> Exact | None:
         """What a twin in float64 gives, None if it does not run; the model must be unfused."""
         try:
-            twin = _in_float64(self.built)
+            twin = in_float64(self.built)
             outputs = flat(run(twin.model, twin.inputs))
             error = relative_error(self.outputs, outputs)
         except FusionError:
@@ -75,23 +94,28 @@ class Expected:
             return None
         if not error < FAR:
             return None
-        return Exact(outputs, error, _noise(twin, self.gradients or {}))
+        backward = self.with_inputs or self.backward(False)
+        gradients = {} if backward is None else backward.gradients
+        return Exact(outputs, error, _noise(twin, gradients, self.with_inputs is not None))
 
 
-def _in_float64(built: Built) -> Built:
+def in_float64(built: Built) -> Built:
+    """A twin in float64."""
     inputs = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.double() if is_floating(value) else value
         for name, value in built.inputs.items()
     }
     return Built(copy.deepcopy(built.model).double(), inputs, built.shrunk)
 
 
-def _noise(twin: Built, gradients: dict[str, Tensor | None]) -> dict[str, float]:
+def _noise(
+    twin: Built, gradients: dict[str, Tensor | None], of_inputs: bool = False
+) -> dict[str, float]:
     if not gradients:
         return {}
     seed()
     try:
-        _, exact = gradients_of(twin.model, twin.inputs)
+        _, exact = gradients_of(twin.model, twin.inputs, of_inputs)
     except FusionError:
         raise
     except Exception:
@@ -115,26 +139,46 @@ def expectation(built: Built) -> Expected:
     model, inputs = built.model, built.inputs
     try:
         outputs = flat(run(model, inputs))
+        drawn, before = random_state(), plain_values(model)
         again = flat(run(model, inputs))
     except Exception as error:
         raise NotComparable(f"a further run of the unfused model: {told(error)}") from error
     if not same_bits(again, outputs):
         raise NotComparable("two runs of the unfused model differ")
-    why = None
-    with_grad: list[Any] = outputs
-    gradients = None
-    try:
-        seed()
-        with_grad, gradients = gradients_of(model, inputs)
-        seed()
-        _, repeated = gradients_of(model, inputs)
-        if not same_bits([*repeated.values()], [*gradients.values()]):
-            why, gradients = "two backward passes of the unfused model differ", None
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:150]}"
+    drawn = drawn if drawn == random_state() else None
+    backward, why = _backward(built, of_inputs=False)
+    with_inputs = None
+    if any(map(is_floating, inputs.values())):
+        with_inputs, _ = _backward(built, of_inputs=True)
     model.zero_grad(set_to_none=True)
     state = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
-    return Expected(built, outputs, with_grad, gradients, why, state, structure(model))
+    gradients = backward or Backward(outputs, {}, None)
+    return Expected(
+        built, outputs, gradients.outputs, backward and backward.gradients, why, state,
+        structure(model), kept_values(model, before), drawn, gradients.drawn, with_inputs,
+    )  # fmt: skip
+
+
+def _backward(built: Built, of_inputs: bool) -> tuple[Backward | None, str | None]:
+    """A run with gradients of the unfused model; or None and why there is none."""
+    runs = []
+    try:
+        for _ in range(2):
+            seed()
+            found = gradients_of(built.model, built.inputs, of_inputs)
+            runs.append(Backward(*found, random_state()))
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error)[:150]}"
+    first, again = runs
+    if not same_bits([*again.gradients.values()], [*first.gradients.values()]):
+        return None, "two backward passes of the unfused model differ"
+    return first._replace(drawn=first.drawn if first.drawn == again.drawn else None), None
+
+
+def kept_values(model: nn.Module, before: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """The plain attributes that runs of the unfused model have not changed since."""
+    now = plain_values(model)
+    return {where: value for where, value in before.items() if now.get(where) == value}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -173,6 +217,11 @@ def check_untouched(expected: Expected, what: str) -> None:
     model = expected.built.model
     if structure(model) != expected.structure:
         raise Fault(f"after {what} the model is not as it was")
+    now = plain_values(model)
+    for where, value in expected.values.items():
+        if now.get(where) != value:
+            path = ".".join(filter(None, where))
+            raise Fault(f"after {what} {path} is {now.get(where)}, it was {value}")
     check_state(expected, f"after {what} the state dict is not as it was")
 
 
@@ -182,6 +231,20 @@ def check_state(expected: Expected, fault: str) -> None:
     names_differ = list(state) != list(expected.state)
     if names_differ or not same_bits([*state.values()], [*expected.state.values()]):
         raise Fault(fault)
+
+
+def check_drawn(expected: Any, how: str) -> None:
+    """As many random numbers were drawn since `seed` as by the unfused model.
+
+    Args:
+        expected: the random state after a run of it, None if it is another each time.
+        how: the model was fused, for the fault.
+
+    Raises:
+        Fault: more, or fewer.
+    """
+    if expected is not None and random_state() != expected:
+        raise Fault(f"other random numbers were drawn {how}")
 
 
 def check_outputs(found: list[Any], expected: list[Any], how: str) -> None:
@@ -202,14 +265,14 @@ def _distance(found: list[Any], expected: list[Any]) -> str:
             if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
                 return f"{str(ours)[:50]} for {str(theirs)[:50]}"
             if not same_kind(ours, theirs):
-                return f"{_kind(ours)} for {_kind(theirs)}"
+                return f"{kind_of(ours)} for {kind_of(theirs)}"
             if ours.stride() != theirs.stride():
                 return f"strides {ours.stride()} for {theirs.stride()}"
             return f"relative error {relative_error([ours], [theirs]):.1e}"
     return "not at all"
 
 
-def _kind(tensor: Tensor) -> str:
+def kind_of(tensor: Tensor) -> str:
     requires = ", requires grad" if tensor.requires_grad else ""
     return f"{type(tensor).__name__} {tuple(tensor.shape)} of {tensor.dtype}{requires}"
 
@@ -235,95 +298,3 @@ def check_alike(found: list[Any], expected: list[Any], how: str) -> None:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def check_gradients(
-    found: dict[str, Tensor | None], expected: Expected, within: float, how: str
-) -> None:
-    """Each gradient is what it was, up to rounding; the model must be unfused.
-
-    Args:
-        found: by the name of the parameter.
-        expected: of the unfused model, with gradients.
-        within: the share of its own largest element by which a gradient may differ.
-        how: the model was fused, for the fault.
-
-    Raises:
-        Fault: a gradient differs by more, is missing, or should not be there.
-    """
-    theirs = expected.gradients or {}
-    if list(found) != list(theirs):
-        raise Fault(f"the parameters differ {how}")
-    sizes = [_largest(gradient) for gradient in theirs.values() if gradient is not None]
-    largest = max(sizes, default=0.0)
-    for name, gradient in theirs.items():
-        other = found[name]
-        if gradient is None or other is None:
-            if gradient is not other:
-                state = "there" if gradient is None else "missing"
-                raise Fault(f"the gradient of {name} is {state} {how}")
-            continue
-        if not same_kind(other, gradient):
-            raise Fault(f"the gradient of {name} is a {_kind(other)} {how}")
-        if not gradient.numel() or same_bits([other], [gradient]):
-            continue
-        own = _largest(gradient)
-        finite = gradient.isfinite()
-        if not same_bits([other[~finite]], [gradient[~finite]]):
-            raise Fault(f"the gradient of {name} differs {how} where it is not finite")
-        error = float((other - gradient)[finite].abs().max()) if finite.any() else 0.0
-        if not error <= max(within * own, _floor(name, gradient.dtype, largest, expected)):
-            raise Fault(f"the gradient of {name} differs {how} by {error:.1e} of {own:.1e}")
-
-
-def _largest(gradient: Tensor) -> float:
-    """The largest finite magnitude."""
-    finite = gradient[gradient.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) -> float:
-    """By how much a gradient may differ however small it is: the rounding of what was summed.
-
-    The bias of a key, for one, has terms that cancel, and only rounding is left. How much that
-    is, the unfused model's own error against float64 tells; but it is no less than a unit of the
-    largest gradient of the model, for what cancels by luck, and never more than some.
-    """
-    unit = torch.finfo(dtype).eps * largest
-    noise = {} if expected.exact is None else expected.exact.noise
-    return min(max(NOISE * noise.get(name, unit), unit), 100 * unit)
-
-
-def check_accuracy(found: list[Any], expected: Expected) -> str:
-    """The fused outputs are as close to float64 as the unfused ones; the model must be unfused.
-
-    Returns:
-        What they were compared with: `"same bits"`, `"float64"` or, without a twin, `"unfused"`.
-
-    Raises:
-        Fault: they are not.
-    """
-    if same_bits(found, expected.outputs):
-        return "same bits"
-    exact = expected.exact
-    if exact is None:
-        # Both are within rounding of each other.
-        theirs, ours = 1e-6, relative_error(found, expected.outputs)
-    else:
-        theirs, ours = exact.error, relative_error(found, exact.outputs)
-    # The errors of a whole model are a matter of luck by some tens of percent.
-    count = sum(v.numel() for v in found if isinstance(v, Tensor) and v.is_floating_point())
-    allowed = max(LIMIT * theirs, 2e-7) * (1 + 2 / max(count, 1) ** 0.5)
-    if not ours <= allowed:
-        raise Fault(f"accuracy of `fuse`: error {ours:.2e}, of the modules {theirs:.2e}")
-    truths = expected.outputs if exact is None else exact.outputs
-    for number, (mine, other, truth) in enumerate(
-        zip(found, expected.outputs, truths, strict=True)
-    ):
-        one, before = relative_error([mine], [truth]), relative_error([other], [truth])
-        if not one <= ALONE * max(before, allowed):
-            raise Fault(
-                f"accuracy of `fuse`: error {one:.2e} of output {number} alone, of the modules "
-                f"{before:.2e}"
-            )
-    return "unfused" if exact is None else "float64"

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from structure import structure
+from structure import plain_values, structure
 
-from .build import Built, seed
+from module_fusion import report
+from module_fusion.chain import Chain
+from module_fusion.modules import state_of
+
+from .build import Built, run, seed
 from .check import all_families, fused_by_path
-from .compare import Expected, Fault
+from .compare import (
+    FAR,
+    Exact,
+    Expected,
+    Fault,
+    check_alike,
+    in_float64,
+    kept_values,
+)
 from .flat import flat, relative_error, same_bits
+from .rounding import check_accuracy
 
 NEW_TOKENS = 8
 Pair = tuple[str, str]
@@ -36,13 +51,14 @@ def check_generate(built: Built, expected: Expected, pair: Pair | None) -> str |
         before = _generated(built)
     except Exception as error:
         return f"the unfused model does not generate: {type(error).__name__}"
+    values = plain_values(built.model)
     if not same_bits(_generated(built), before):
         return "two generations of the unfused model differ"
-    # They set attributes.
-    expected = dataclasses.replace(expected, structure=structure(built.model))
-    with all_families(built, expected):
-        if not same_bits(_generated(built)[:1], before[:1]):
-            raise Fault("generate: other tokens with `fuse`")
+    with all_families(built, _renewed(built, expected, values)):
+        found = _generated(built)
+    if not same_bits(found[:1], before[:1]):
+        raise Fault("generate: other tokens with `fuse`")
+    _check_close(found, before, expected, _generated, "generate, with `fuse`")
     if pair is not None:
         with fused_by_path(built, pair):
             if not same_bits(_generated(built), before):
@@ -70,22 +86,116 @@ def check_compiled(built: Built, expected: Expected, pair: Pair | None) -> str:
     Raises:
         Fault: the fused model does not compile, or gives something else.
     """
+    values = plain_values(built.model)
     try:
         before = _compiled(built)
     except Exception as error:
         return f"the unfused model does not compile: {type(error).__name__}"
-    expected = dataclasses.replace(expected, structure=structure(built.model))
-    with all_families(built, expected):
-        error = relative_error(_compiled(built), before)
-        if not error < 1e-4:
-            raise Fault(f"compiled: relative error {error:.1e} with `fuse`")
+    with all_families(built, _renewed(built, expected, values)):
+        found = _compiled_on_kernel(built, "with `fuse`")
+    _check_close(found, before, expected, _run, "compiled, with `fuse`")
     if pair is not None:
         with fused_by_path(built, pair):
-            found = _compiled(built)
+            found = _compiled_on_kernel(built, f"with {pair} fused")
             if not same_bits(found, before):
                 error = relative_error(found, before)
                 raise Fault(f"compiled: outputs differ by {error:.1e} with {pair} fused")
     return "same"
+
+
+def _renewed(built: Built, expected: Expected, values: dict[tuple[str, str], str]) -> Expected:
+    """What the model is now: generation and compiling set attributes."""
+    now = kept_values(built.model, values)
+    return dataclasses.replace(expected, structure=structure(built.model), values=now)
+
+
+def _run(built: Built) -> list[Any]:
+    return flat(run(built.model, built.inputs))
+
+
+def _check_close(
+    found: list[Any],
+    before: list[Any],
+    expected: Expected,
+    run: Callable[[Built], list[Any]],
+    how: str,
+) -> None:
+    """As close to float64 as the unfused model, run in the same way; the model is unfused.
+
+    Raises:
+        Fault: further from it.
+    """
+    try:
+        check_alike(found, before, "from those of the unfused model")
+        if same_bits(found, before):
+            return
+        other = dataclasses.replace(expected, outputs=before)
+        other.__dict__["exact"] = _exact(before, expected.built, run)
+        check_accuracy(found, other)
+    except Fault as fault:
+        raise Fault(f"{how}: {fault}") from fault
+
+
+def _exact(before: list[Any], built: Built, run: Callable[[Built], list[Any]]) -> Exact | None:
+    """What a twin in float64 gives where it does the same."""
+    try:
+        outputs = run(in_float64(built))
+        error = relative_error(before, outputs)
+    except Exception:
+        return None
+    return Exact(outputs, error, {}) if error < FAR else None
+
+
+def _compiled_on_kernel(built: Built, how: str) -> list[Any]:
+    """The outputs of one graph, which has the kernel wherever it runs without a graph.
+
+    Raises:
+        Fault: the members are in the graph instead.
+    """
+    run(built.model, built.inputs)  # It tells whether the members' outputs are used elsewhere.
+    before = report(built.model).groups
+    run(built.model, built.inputs)
+    calls = {
+        now.paths: now.kernel_calls - earlier.kernel_calls
+        for earlier, now in zip(before, report(built.model).groups, strict=True)
+    }
+    _TRACED.clear()
+    with _counting():
+        outputs = _compiled(built)
+    wanted = sum(count for paths, count in calls.items() if not _why_not_in_graph(built, paths))
+    if len(_TRACED) < wanted:
+        raise Fault(f"compiled: {len(_TRACED)} of {wanted} calls of kernels are in the graph {how}")
+    return outputs
+
+
+def _why_not_in_graph(built: Built, paths: tuple[str, ...]) -> str | None:
+    state = state_of(built.model.get_submodule(paths[-1]))
+    return None if state is None or state.chain is None else state.chain.why_not_compiled()
+
+
+_TRACED: list[None] = []
+
+
+@torch.compiler.assume_constant_result  # Runs while the graph is made.
+def _note_traced() -> None:
+    _TRACED.append(None)
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    """Inside, kernels that become part of a graph are counted."""
+
+    def run_kernel(self: Chain, inputs: list[Any]) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            _note_traced()
+        return real(self, inputs)
+
+    real = Chain.run_kernel
+    Chain.run_kernel = run_kernel  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Chain.run_kernel = real  # type: ignore[method-assign]
 
 
 def _compiled(built: Built) -> list[Any]:

@@ -74,10 +74,27 @@ def _slots(cls: type) -> list[str]:
 
 
 def gradients_of(
-    model: nn.Module, inputs: dict[str, Any]
+    model: nn.Module, inputs: dict[str, Any], of_inputs: bool = False
 ) -> tuple[list[Any], dict[str, Tensor | None]]:
-    """The outputs, and the gradient of every parameter; every finite output element counts."""
+    """The outputs, and the gradients; every finite output element counts.
+
+    Args:
+        model: it is run once.
+        inputs: by name.
+        of_inputs: whether the floating tensors among them have gradients too.
+
+    Returns:
+        The outputs, and the gradients of the parameters, and of inputs as `input NAME`.
+    """
     model.zero_grad(set_to_none=True)
+    leaves = {}
+    if of_inputs:
+        leaves = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in inputs.items()
+            if is_floating(value)
+        }
+        inputs = {**inputs, **leaves}
     outputs = flat(model(**inputs))
     total = torch.zeros(())
     for value in outputs:
@@ -87,7 +104,14 @@ def gradients_of(
     if not total.requires_grad:
         raise RuntimeError("no output requires a gradient")
     total.backward()
-    return outputs, {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients.update((f"input {name}", leaf.grad) for name, leaf in leaves.items())
+    return outputs, gradients
+
+
+def is_floating(value: Any) -> bool:
+    """Whether it is a tensor that may have a gradient."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def same_bits(first: list[Any], second: list[Any]) -> bool:

@@ -38,6 +38,7 @@ def _markdown(rows: Sequence[Row]) -> str:
         "Random weights, float32, eval mode. Of timm and torchvision the model of each module "
         "whose name tells that it is the smallest, on small images, with two layers where it takes "
         "their number. Of diffusers every model class, where its own tests have a tiny config.\n",
+        table.ON_THE_KERNEL,
         _totals(rows),
         *table.sections(checked, rest),
     ]

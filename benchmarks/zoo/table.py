@@ -20,13 +20,18 @@ from .sources import digest
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
 COMMAND = "python benchmarks/zoo --table"
-# What `compare.check_accuracy` says; rows of earlier sweeps do not have it.
+# What `rounding.check_accuracy` says; rows of earlier sweeps do not have it.
 REFERENCES = {
     "same bits": "the same bits",
     "float64": "compared with float64",
     "unfused": "compared with the unfused ones, there being no float64 twin",
     "not noted": "what they were compared with was not noted",
 }
+ON_THE_KERNEL = (
+    "On the kernel means that the kernel was called. On a CPU in float32 the one of "
+    "`patch_embeddings` itself calls the convolution where that is faster, so its count does not "
+    "say that the matrix product ran.\n"
+)
 Row = dict[str, Any]
 
 
@@ -74,8 +79,10 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
         "the members. Outputs have to be the unfused model's to the bit; gradients too, or, with a "
         "kernel, summed in another order (counted below), which moves them by some units of "
         "rounding. `fuse` has to give outputs as close to float64 as the unfused model's, where "
-        "the model runs in float64, and gradients within rounding. After undoing, modules and "
-        "state dict have to be what they were.\n",
+        "the model runs in float64, and gradients within rounding, also those of floating inputs. "
+        "Every run has to draw as many random numbers as the unfused model's. After undoing, "
+        "modules, their plain attributes and state dict have to be what they were.\n",
+        ON_THE_KERNEL,
         _of_other_sources(checked),
         _table(("", ""), _totals(rows, checked)),
         *sections(checked, rest),
@@ -173,10 +180,21 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
         there = [row for row in checked if row.get(key)]
         whole = sum(not missed(row, family) for row in there)
         kernel = ran[family, "kernel"]
+        noted = Counter(
+            group["with_gradients"]
+            for group in groups
+            if group["family"] == family
+            and group["outcome"] == "kernel"
+            and "with_gradients" in group
+        )
         fused = kernel + ran[family, "members"]
         totals += [
             (f"{family}: groups found by `fuse` and called", fused + ran[family, "skipped"]),
             (f"{family}: groups fused, on the kernel", share(kernel, fused)),
+            (
+                f"{family}: of these, on it with gradients too, of those run with gradients",
+                share(noted["kernel"], noted.total()),
+            ),
             (f"{family}: architectures that have one", len(there)),
             (f"{family}: of these, all on the kernel", share(whole, len(there))),
         ]

@@ -10,6 +10,7 @@ import ast
 import inspect
 import itertools
 import textwrap
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeGuard
 
@@ -25,9 +26,9 @@ _Sources = dict[str, frozenset[_Steps]]
 def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Paths of children of which the first's output goes straight to the second.
 
-    A child is named as in `self.norm(x)`, or taken from a container by a constant or a variable,
-    as in `self.norms[0](x)`, `self.norms[i](x)` and `for norm, mlp in self.layers`. Variables
-    stand for every index.
+    A child is named as in `self.norm(x)` and `self.inner.norm(x)`, or taken from a container by a
+    constant or a variable, as in `self.norms[0](x)`, `self.norms[i](x)` and
+    `for norm, mlp in self.layers`. Variables stand for every index.
     """
     if isinstance(module, nn.Sequential):
         names = [name for name, child in module._modules.items() if child is not None]
@@ -109,9 +110,10 @@ class _Flow:
             if isinstance(block := getattr(statement, name, None), list)
         ]
         blocks += [handler.body for handler in getattr(statement, "handlers", [])]
-        if isinstance(statement, ast.For):
-            self._bind_each(statement.target, statement.iter)
         if blocks:
+            self._origins(statement, sources)
+            if isinstance(statement, ast.For):
+                self._bind_each(statement.target, statement.iter)
             merged = dict(sources)
             for block in blocks:
                 after = self.run(block, dict(sources))
@@ -119,17 +121,26 @@ class _Flow:
                     merged[name] = merged.get(name, frozenset()) | after.get(name, frozenset())
             return merged
         if isinstance(statement, ast.Assign):
-            origin = self._origin(statement.value, sources)
-            for target in statement.targets:
-                self._assign(target, origin, sources)
-                self._bind(target, self._child(statement.value))
+            self._assign_value(statement.targets, statement.value, sources)
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            self._assign_value([statement.target], statement.value, sources)
         else:
-            for node in ast.iter_child_nodes(statement):
-                if isinstance(node, ast.expr):
-                    self._origin(node, sources)
-            if isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+            self._origins(statement, sources)
+            if isinstance(statement, ast.AugAssign):
                 self._assign(statement.target, frozenset(), sources)
         return sources
+
+    def _assign_value(
+        self, targets: Sequence[ast.expr], value: ast.expr, sources: _Sources
+    ) -> None:
+        # All is computed before anything is assigned.
+        values = [
+            (target, self._origin(part, sources), self._child(part))
+            for target, part in _paired(targets, value)
+        ]
+        for target, origin, child in values:
+            self._assign(target, origin, sources)
+            self._bind(target, child)
 
     def _bind_each(self, target: ast.expr, iterable: ast.expr) -> None:
         """The variables of a loop over children, also over several in step and with a number."""
@@ -161,14 +172,24 @@ class _Flow:
             for item in target.elts:
                 self._assign(item, frozenset(), sources)
 
+    def _origins(self, node: ast.AST, sources: _Sources) -> None:
+        """Look into the expressions that a statement or an expression is made of."""
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.expr):
+                self._origin(part, sources)
+
     def _origin(self, node: ast.expr, sources: _Sources) -> frozenset[_Steps]:
         """The children whose output an expression may be; notes whom it is given to."""
         if isinstance(node, ast.Name):
             return sources.get(node.id, frozenset())
+        if isinstance(node, ast.NamedExpr):
+            self._assign_value([node.target], node.value, sources)
+            return sources[node.target.id]
+        if isinstance(node, ast.IfExp):
+            self._origin(node.test, sources)
+            return self._origin(node.body, sources) | self._origin(node.orelse, sources)
         if not isinstance(node, ast.Call):
-            for part in ast.iter_child_nodes(node):
-                if isinstance(part, ast.expr):
-                    self._origin(part, sources)
+            self._origins(node, sources)
             return frozenset()
         values = [*node.args, *(keyword.value for keyword in node.keywords)]
         given = [self._origin(value, sources) for value in values]
@@ -185,8 +206,10 @@ class _Flow:
         """The way to `self.norm`, `self.norms[i]` or a variable that is a child, else None."""
         if isinstance(node, ast.Name):
             return self.children.get(node.id)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            return (node.attr,) if node.value.id == self.me else None
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id == self.me
+            parent = () if is_own else self._child(node.value)
+            return None if parent is None else (*parent, node.attr)
         if not isinstance(node, ast.Subscript):
             return None
         around, taken = self._child(node.value), node.slice
@@ -195,6 +218,24 @@ class _Flow:
         if isinstance(taken, ast.Constant) and type(taken.value) in (int, str):
             return (*around, str(taken.value))
         return (*around, f"${taken.id}") if isinstance(taken, ast.Name) else None
+
+
+def _paired(targets: Sequence[ast.expr], value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each target with its value; tuples of one length part by part."""
+    for target in targets:
+        parts, values = _parts(target), _parts(value)
+        if parts and len(parts) == len(values):
+            for item, part in zip(parts, values, strict=True):
+                yield from _paired([item], part)
+        else:
+            yield target, value
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    """What a tuple or a list is made of, nothing where that cannot be counted."""
+    if not isinstance(node, (ast.Tuple, ast.List)):
+        return []
+    return [] if any(isinstance(part, ast.Starred) for part in node.elts) else node.elts
 
 
 def _is_call(node: ast.expr, name: str) -> TypeGuard[ast.Call]:
