@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..modules import original_class
 from ..spec import forward_signature
@@ -74,8 +75,8 @@ class RMSNormMLPFamily(FusionFamily):
 
 def _is_norm(module: nn.Module) -> bool:
     """Something with one vector of weights, or two, and nothing in it."""
-    shapes = [parameter.dim() for parameter in module.parameters()]
-    return not module._modules and 0 < len(shapes) <= 2 and set(shapes) == {1}
+    dimensions = _dimensions(module)
+    return not module._modules and 0 < len(dimensions) <= 2 and set(dimensions) == {1}
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -83,10 +84,16 @@ def _is_mlp(module: nn.Module) -> bool:
 
     Attention has several matrices too, but takes positions, masks and caches.
     """
-    matrices = [parameter.dim() for parameter in module.parameters() if parameter.dim() > 1]
     try:
         taken = forward_signature(original_class(module)).parameters.values()
     except (TypeError, ValueError):
         return False
     named = [p for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(matrices) > 1 and len(named) <= 2
+    return sum(dims > 1 for dims in _dimensions(module)) > 1 and len(named) <= 2
+
+
+def _dimensions(module: nn.Module) -> list[int]:
+    """Of every parameter, none if one has no shape yet: the layer is lazy and has not run."""
+    parameters = list(module.parameters())
+    lazy = any(is_lazy(parameter) for parameter in parameters)
+    return [] if lazy else [parameter.dim() for parameter in parameters]
