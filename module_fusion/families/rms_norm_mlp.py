@@ -16,7 +16,7 @@ from .family import FusionFamily, register_family
 _SCALES = (1.0, 30.0, 1e-3, 3e3)
 _TOKENS = 16
 _LEADING: list[tuple[int, ...]]
-_LEADING = [(), (2, 5), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1)]
+_LEADING = [(), (2, 5), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1), (2, 9), (7, 2), (9, 2)]
 
 
 @register_family
@@ -58,7 +58,8 @@ class RMSNormMLPFamily(FusionFamily):
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
         """Hidden states `(..., hidden)` of several sizes; small ones show the epsilon, large ones a
-        clamp, more dimensions a mean over tokens, those of one what is left out by `squeeze`."""
+        clamp, more dimensions a mean over tokens, those of one what is left out by `squeeze`, rows
+        of one value or with zeros what is taken for padding."""
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         hidden = prepare(*members).hidden
@@ -68,9 +69,10 @@ class RMSNormMLPFamily(FusionFamily):
             torch.randn((*shape, hidden), generator=generator, device="cpu") * scale
             for shape, scale in zip(leading, scales, strict=True)
         ]
-        odd = torch.randn(4, hidden, generator=generator, device="cpu")
-        odd[0], odd[1, 0], odd[2, -1] = 0, float("nan"), float("inf")
-        return [(sample,) for sample in (*samples, odd)]
+        special, odd = torch.randn((2, 5, hidden), generator=generator, device="cpu")
+        special[0], special[1, ::3] = 1, 0
+        odd[0], odd[1, 0], odd[2, -1], odd[3, 0] = 0, torch.nan, torch.inf, -torch.inf
+        return [(sample,) for sample in (*samples, special, odd)]
 
 
 def _is_norm(module: nn.Module) -> bool:
