@@ -263,6 +263,14 @@ def test_a_patch_embedding_of_a_usual_size_is_fused(dtype: torch.dtype, device: 
         assert [group.action for group in result.groups] == ["fused"], result
 
 
+def test_a_layer_without_weights_yet_is_left_out_and_the_rest_is_fused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.LazyLinear(8), nn.ReLU())
+    (row,) = fuse(model).groups
+    assert (row.action, row.paths) == ("fused", ("0",))
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 8)
+    assert report(model).groups[0].kernel_calls == 1
+
+
 def test_a_model_that_is_itself_what_a_family_looks_for_is_reported() -> None:
     (group,) = fuse(nn.Conv2d(3, 8, 4, 4)).groups
     assert (group.action, group.paths, group.classes) == (

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from kernels import Mode, kernelize, use_kernel_mapping
-from support import Block, Mlp, Model, Norm, WeightKernel, mapped
+from support import Block, Mlp, Model, Norm, WeightKernel, mapped, members_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -515,6 +515,19 @@ class WideKernel(WeightKernel):
         return weighted(self.norm, self.mlp, x).double()
 
 
+class AbsoluteKernel(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        norm = type("Absolute", (), {"weight": self.norm.weight.abs()})
+        return weighted(norm, self.mlp, x)
+
+
+class NeverZeroKernel(WeightKernel):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.norm.weight
+        norm = type("NeverZero", (), {"weight": torch.where(weight == 0, 1, weight)})
+        return weighted(norm, self.mlp, x)
+
+
 class OddBlocksFamily(BlocksFamily):
     """With an infinite number among the inputs."""
 
@@ -532,6 +545,8 @@ class OddBlocksFamily(BlocksFamily):
     [
         (WrongWithoutGradients, "less accurate than the modules"),
         (FiniteKernel, "relative error inf of the output"),
+        (AbsoluteKernel, "less accurate than the modules"),
+        (NeverZeroKernel, "less accurate than the modules"),
         (WideKernel, "the kernel's output is in torch.float64, the modules' in torch.float32"),
     ],
 )
@@ -543,6 +558,30 @@ def test_a_kernel_that_is_wrong_in_one_respect_is_refused(
         result = fuse(model, {"blocks": True})
     assert not result.fused
     assert all(reason in str(row.reason) for row in result.skipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_variance_among_the_buffers_stays_one_and_the_comparison_is_of_numbers(
+    dtype: torch.dtype, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Batch(nn.BatchNorm1d):
+        """In evaluation a norm by what was seen."""
+
+    seen: list[Tensor] = []
+    differences = certificate._differences
+    register_family(BlocksFamily)
+    for layer in model.layers:
+        layer.norm = Batch(8).to(layer.norm.weight.device)
+    with monkeypatch.context() as patched, mapped(Blocks=members_kernel(1)):
+        patched.setattr(
+            certificate,
+            "_differences",
+            lambda *runs: seen.extend(run[0] for run in runs[:3]) or differences(*runs),
+        )
+        result = fuse(model.eval().to(dtype), {"blocks": True})
+    assert len(result.fused) == len(model.layers), result
+    assert len(seen) == 3 * 3
+    assert all(value.isfinite().all() for value in seen)
 
 
 def rounds_inside(mlp: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..modules import original_class
 from ..spec import forward_signature
@@ -15,7 +16,7 @@ from .family import FusionFamily, register_family
 _SCALES = (1.0, 30.0, 1e-3, 3e3)
 _TOKENS = 16
 _LEADING: list[tuple[int, ...]]
-_LEADING = [(), (2, 5), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1)]
+_LEADING = [(), (8, 9), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1)]
 
 
 @register_family
@@ -57,7 +58,8 @@ class RMSNormMLPFamily(FusionFamily):
         self, members: Sequence[nn.Module], generator: torch.Generator
     ) -> list[tuple[Tensor, ...]]:
         """Hidden states `(..., hidden)` of several sizes; small ones show the epsilon, large ones a
-        clamp, more dimensions a mean over tokens, those of one what is left out by `squeeze`."""
+        clamp, more dimensions a mean over tokens, those of one what is left out by `squeeze`, rows
+        of one value or with zeros what is taken for padding."""
         from ..kernels.rms_norm_mlp.recipe import prepare
 
         hidden = prepare(*members).hidden
@@ -67,15 +69,16 @@ class RMSNormMLPFamily(FusionFamily):
             torch.randn((*shape, hidden), generator=generator, device="cpu") * scale
             for shape, scale in zip(leading, scales, strict=True)
         ]
-        odd = torch.randn(4, hidden, generator=generator, device="cpu")
-        odd[0], odd[1, 0], odd[2, -1] = 0, float("nan"), float("inf")
+        samples[0][0], samples[0][1, ::3] = 1, 0
+        odd = torch.randn(5, hidden, generator=generator, device="cpu")
+        odd[0], odd[1, 0], odd[2, -1], odd[3, 0] = 0, torch.nan, torch.inf, -torch.inf
         return [(sample,) for sample in (*samples, odd)]
 
 
 def _is_norm(module: nn.Module) -> bool:
     """Something with one vector of weights, or two, and nothing in it."""
-    shapes = [parameter.dim() for parameter in module.parameters()]
-    return not module._modules and 0 < len(shapes) <= 2 and set(shapes) == {1}
+    dimensions = _dimensions(module)
+    return not module._modules and 0 < len(dimensions) <= 2 and set(dimensions) == {1}
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -83,10 +86,16 @@ def _is_mlp(module: nn.Module) -> bool:
 
     Attention has several matrices too, but takes positions, masks and caches.
     """
-    matrices = [parameter.dim() for parameter in module.parameters() if parameter.dim() > 1]
     try:
         taken = forward_signature(original_class(module)).parameters.values()
     except (TypeError, ValueError):
         return False
     named = [p for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(matrices) > 1 and len(named) <= 2
+    return sum(dims > 1 for dims in _dimensions(module)) > 1 and len(named) <= 2
+
+
+def _dimensions(module: nn.Module) -> list[int]:
+    """Of every parameter, none if one has no shape yet: the layer is lazy and has not run."""
+    parameters = list(module.parameters())
+    lazy = any(is_lazy(parameter) for parameter in parameters)
+    return [] if lazy else [parameter.dim() for parameter in parameters]

@@ -303,6 +303,21 @@ def test_the_output_may_be_modified_in_place(
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
+@pytest.mark.usefixtures("_rows_always")
+def test_the_output_is_no_view_and_may_be_detached_in_place(
+    device: str, size: tuple[int, int], layout: str, token_major: bool, trains: bool
+) -> None:
+    x = arranged(torch.randn(2, 3, *size, device=device, dtype=torch.bfloat16), layout)
+    with torch.set_grad_enabled(trains):
+        y = bound(conv2d(device, torch.bfloat16), token_major=token_major)(x)
+    assert y.requires_grad is trains
+    assert not y.detach_().requires_grad
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have no forward-mode derivative")
 def test_forward_mode_derivatives_need_no_gradients() -> None:
     proj, x, tangent = conv2d(), *torch.randn(2, 2, 3, 8, 8)

@@ -26,6 +26,7 @@ from rms_norm_mlp_cases import (
     outputs_and_gradients,
 )
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from module_fusion.kernels.rms_norm_mlp import _ops, cpu, reference
 from module_fusion.kernels.rms_norm_mlp._triton import INTERPRETED, can_run_triton
@@ -279,6 +280,41 @@ def test_an_input_that_does_not_fit_is_left_to_the_members(device: str) -> None:
     assert torch.equal(seat(one), mlp(norm(one)))
     with pytest.raises(RuntimeError, match="must match"):
         seat(torch.randn(4, 5, device=device))
+
+
+class SkipsNothing(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.numel() == 0 else super().forward(x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_without_tokens_is_left_to_the_members(
+    device: str, shape: tuple[int, ...], compiled: bool
+) -> None:
+    norm, mlp = members(8, 12, torch.float32, device)
+    mlp.__class__ = SkipsNothing
+    seat: Any = Seat(norm, mlp)
+    seat = torch.compile(seat, backend="aot_eager", fullgraph=True) if compiled else seat
+    seat(torch.randn(3, 8, device=device))
+    x = torch.zeros(shape, device=device)
+    assert seat(x).shape == x.shape
+    seat(x).sum().backward()
+    assert [parameter.grad is None for parameter in mlp.parameters()] == [True] * 3
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_graph_takes_any_number_of_tokens(device: str) -> None:
+    torch._dynamo.reset()
+    seat = Seat(*members(8, 12, torch.float32, device))
+    compiled = torch.compile(seat, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled(torch.randn(5, 8, device=device))
+    for tokens in (7, 9):
+        x = torch.randn(tokens, 8, device=device)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(compiled(x), seat(x))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -202,6 +202,82 @@ def test_what_does_something_else_for_sizes_strides_or_large_weights_is_refused(
         prepare(norm, mlp)
 
 
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "size": torch.abs,
+    "size of 1 + weight": lambda weight: (1 + weight).abs(),
+    "1 + size": lambda weight: 1 + weight.abs(),
+    "no negative": lambda weight: weight.clamp(min=0),
+    "root of the square": lambda weight: weight.square().sqrt(),
+    "1 for 0": lambda weight: torch.where(weight == 0, 1, weight),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SCALES)
+def test_a_norm_that_takes_some_weights_otherwise_is_refused(name: str, dtype: torch.dtype) -> None:
+    class Scaled(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, (H,), SCALES[name](self.weight), self.eps)
+
+    with pytest.raises(ValueError, match="something else than an RMSNorm"):
+        prepare(Scaled(H, 1e-6).to(dtype), mlp_of(H, I).to(dtype))
+
+
+def of_one_value(x: Tensor) -> Tensor:
+    return x.amax(-1, keepdim=True) == x.amin(-1, keepdim=True)
+
+
+SPECIAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows of zeros": lambda x: (x == 0).all(-1, keepdim=True),
+    "rows with a zero": lambda x: (x == 0).any(-1, keepdim=True),
+    "rows of one value": of_one_value,
+    "rows of one negative value": lambda x: of_one_value(x) & (x < 0),
+    "rows with one value": lambda x: (x != 0).sum(-1, keepdim=True) == 1,
+    "inf": lambda x: (x == torch.inf).any(-1, keepdim=True),
+    "-inf": lambda x: (x == -torch.inf).any(-1, keepdim=True),
+    "NaN": lambda x: x.isnan().any(-1, keepdim=True),
+    "inference": lambda x: torch.full((), x.is_inference()),
+    "more than 8 tokens": lambda x: torch.full((), x.dim() == 3 and x.shape[1] > 8),
+    "a batch above 5": lambda x: torch.full((), x.dim() == 3 and x.shape[0] > 5),
+    "a batch above 7": lambda x: torch.full((), x.dim() == 3 and x.shape[0] > 7),
+}
+
+
+@pytest.mark.parametrize("member", ["norm", "mlp"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_member_that_does_something_else_with_special_inputs_is_refused(
+    name: str, member: str
+) -> None:
+    """Gives 7 there."""
+    norm, mlp = nn.RMSNorm(H, 1e-6), mlp_of(H, I)
+    module = norm if member == "norm" else mlp
+    plain = type(module).forward
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.where(SPECIAL[name](x), 7, plain(self, x))  # type: ignore[no-any-return]
+
+    module.__class__ = type("Special", (type(module),), {"forward": forward})
+    with pytest.raises(ValueError, match="Special computes something else for"):
+        prepare(norm, mlp)
+
+
+def test_a_member_that_refuses_what_is_no_number_is_refused() -> None:
+    class Strict(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.isfinite().all():
+                raise FloatingPointError("no number")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="cannot be run: FloatingPointError: no number"):
+        prepare(Strict(H, 1e-6), mlp_of(H, I))
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("norm", sorted(NORMS))
+def test_norms_of_few_values_are_recognised(norm: str, hidden: int) -> None:
+    assert prepare(NORMS[norm](hidden), mlp_of(hidden, 3)).hidden == hidden
+
+
 def test_a_fake_without_a_fault_is_recognised() -> None:
     assert prepare(Fake(lambda x, eps: x * root(x, eps)), mlp_of(H, I)).eps == "variance_epsilon"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._geometry import PatchPlan, convolve, grid_of, is_channels_last
 
@@ -27,19 +26,12 @@ def patch_embed_torch(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Patc
         return convolve(x, weight, bias, plan)
     x_MK = _crop(x, plan).reshape(batch, -1) if one_patch else patches(x, plan)
     y_MN = F.linear(x_MK, weight_NK, bias)
+    # Not as views: whoever gets what a convolution gave may modify and detach it in place.
     if one_patch and not channels_last:
-        return _modifiable(y_MN.view(batch, channels_out, *grid))
+        return torch.ops.aten._unsafe_view(y_MN, [batch, channels_out, *grid])  # type: ignore[no-any-return]
     y = y_MN.view(batch, *grid, channels_out).movedim(-1, 1)
-    return _modifiable(y if plan.token_major or channels_last else y.contiguous())
-
-
-def _modifiable(y: Tensor) -> Tensor:
-    """`y` so that it can be modified with gradients: what `no_grad` made, not as a view."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return y
-    # A detached tensor has no forward-mode derivative.
-    tangent = forward_ad.unpack_dual(y).tangent  # type: ignore[no-untyped-call]
-    return y.detach() if tangent is None else y
+    y = y if plan.token_major or channels_last else y.contiguous()
+    return torch.unsafe_chunk(y, 1)[0]
 
 
 def patches(x: Tensor, plan: PatchPlan) -> Tensor:

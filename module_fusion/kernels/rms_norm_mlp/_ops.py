@@ -39,7 +39,7 @@ def rms_norm_mlp(x: Tensor, weights: Weights, options: Options, triton: bool) ->
     Returns:
         `(..., hidden)`.
     """
-    if not triton or x.numel() == 0:
+    if not triton:
         return cpu.rms_norm_mlp(x, weights, options)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or any(w is not None and w.requires_grad for w in weights)

@@ -1,18 +1,22 @@
 """Whether a member does to any number of dimensions, and backwards, what it does to rows.
 
-Also to many rows, and to rows that do not follow each other in memory.
+Also to many rows, to rows that do not follow each other in memory, to rows of special values,
+and in inference mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from .stand_in import WrongResult, original_class, relative_error
 
-_LEADING = ((1,), (1, 1), (1, 3), (3, 1), (1030,), (1, 2, 3), (1, 1, 2, 3), (2, 3))
+_LEADING = (
+    (1,), (1, 1), (1, 3), (3, 1), (1030,), (2, 9), (7, 2), (9, 12), (1, 2, 3), (1, 1, 2, 3), (2, 3),
+)  # fmt: skip
 
 
 def check(
@@ -23,6 +27,8 @@ def check(
     limit: float,
 ) -> None:
     """Compare a stand-in with its formula: values and shapes, and once the gradients.
+
+    Where the formula gives no number, the stand-in has to give none either.
 
     Args:
         make: makes the stand-in.
@@ -51,13 +57,42 @@ def check(
             shape += ", strided" if strided else ""
             if output.shape != x.shape:
                 raise WrongResult(f"{name} gives another shape than that of its input, {shape}")
-            if not (relative_error(output.detach(), expected.detach()) < limit).all():
+            if not _are_same(output.detach(), expected.detach(), limit):
                 raise WrongResult(f"{name} computes something else for inputs of shape {shape}")
             compared = output, expected, x
         # The gradient of one value's norm is zero but for the epsilon and for rounding.
         if compared is not None and hidden > 1:
             output, expected, x = compared
             _check_gradients(name, output, expected, [x, *module.parameters()], limit)
+    for rows, inference in product(_special(hidden), (False, True)):
+        with torch.inference_mode(inference), torch.no_grad():
+            x = rows.to(like.device, like.dtype, copy=True)
+            if not _are_same(module(x), formula(module, x), limit):
+                where = ", in inference mode" if inference else ""
+                raise WrongResult(f"{name} computes something else for special values{where}")
+
+
+def _special(hidden: int) -> tuple[Tensor, Tensor]:
+    """Rows of zeros, of one value, and with zeros in them; and rows with what is no number."""
+    generator = torch.Generator("cpu").manual_seed(5)
+    finite, others = torch.randn((2, 6, hidden), generator=generator, device="cpu")
+    finite[0], finite[1], finite[2] = 0, 1.5, -1.5
+    finite[3, ::3] = 0
+    finite[4, 1:] = 0
+    others[0, 0], others[1, -1], others[2, 0] = torch.inf, -torch.inf, torch.nan
+    others[3] = torch.inf
+    return finite, others
+
+
+def _are_same(value: Tensor, truth: Tensor, limit: float) -> bool:
+    """Whether numbers are nearly the same, row by row, and the rest is exactly the same."""
+    if value.shape != truth.shape:
+        return False
+    finite = truth.isfinite()
+    alike = finite | (value == truth) | (value.isnan() & truth.isnan())
+    value, truth = value.where(finite, 0), truth.where(finite, 0)
+    close = (relative_error(value, truth) < limit) | (value == truth).all(-1)
+    return bool(alike.all() & close.all())
 
 
 def _check_gradients(

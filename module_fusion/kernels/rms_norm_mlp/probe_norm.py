@@ -146,7 +146,10 @@ class _Probe:
     def _stand_in(self, dtype: torch.dtype) -> tuple[nn.Module, Tensor | None]:
         weight = 1 + 0.3 * self._random(self.hidden)
         weight[::3] *= 10  # Some are so large in trained models.
-        weight = weight.to(self.device, dtype)
+        # Some are negative or zero there, too: a norm may take their size, or zero for no weight.
+        signs = self._random(self.hidden).sign()
+        signs[:1], signs[2::5] = -1, 0
+        weight = (weight * signs).to(self.device, dtype)
         module = stand_in(self.module, lambda path, old: weight)
         return module, None if self.weight is None else weight
 
