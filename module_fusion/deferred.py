@@ -459,14 +459,18 @@ def computed(value: Any) -> Any:
 
 def check_gradients_known(value: Any) -> None:
     """Raise if a value leaves, or is differentiated by, whose own gradient a kernel has taken."""
-    if type(value) is DeferredOutput:
-        value.__dict__["_captured_call"].check_gradient_known()
-    elif isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_gradients_known(item)
-    else:
-        for name in getattr(type(value), "__dataclass_fields__", ()):
-            check_gradients_known(getattr(value, name, None))
+    pending, seen = [value], set()
+    while pending:
+        value = pending.pop()
+        if type(value) is DeferredOutput:
+            value.__dict__["_captured_call"].check_gradient_known()
+        if type(value) in (Tensor, DeferredOutput, *IMMUTABLE) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, tuple, list)):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        fields = getattr(type(value), "__dataclass_fields__", ())
+        pending.extend(getattr(value, name, None) for name in fields)
 
 
 def _value_of_output(deferred: DeferredOutput) -> Any:

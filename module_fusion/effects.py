@@ -226,11 +226,23 @@ class Code(NamedTuple):
         for function, code, defaults, keywords in self.functions:
             if (
                 function.__code__ is not code
-                or function.__defaults__ is not defaults
+                or _are_others(function.__defaults__, defaults, compiling)
                 or (function.__kwdefaults__ is not keywords and not compiling)
             ):
                 return f"runs {function.__qualname__}, whose code was replaced"
         return None
+
+
+def _are_others(now: Any, defaults: Any, compiling: bool) -> bool:
+    """Whether a function has other defaults; torch.compile makes a tuple of its own of them."""
+    if not compiling:
+        return now is not defaults
+    if now is None or defaults is None or len(now) != len(defaults):
+        return now is not None or defaults is not None
+    for index in range(len(defaults)):
+        if now[index] is not defaults[index] and now[index] != defaults[index]:
+            return True
+    return False
 
 
 def code_of(module: nn.Module, cls: Any) -> Code:

@@ -441,7 +441,8 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
             else:
                 inside[caller] = outer
         if type(output) is not Tensor:
-            check_gradients_known(output)
+            if here.calls:
+                check_gradients_known(output)
             output = materialise(output)
         _settle_kept(self, here)
         return output
