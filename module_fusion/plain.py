@@ -127,6 +127,7 @@ class MemberForm:
             return role + self.foreign
         if reason := self.code.why_not_same():
             return f"{role} {reason}"
+        compiling = torch.compiler.is_dynamo_compiling()
         modules: list[Any] = []
         for part in self.parts:
             name, parent, key, cls, effect, settings, reads, absent, children, parameters = part
@@ -147,6 +148,8 @@ class MemberForm:
             for attribute in absent:
                 if attribute in own:
                     return f"{role}{name} has an instance-level {attribute}"
+                if compiling:
+                    getattr(module, attribute, None)  # So that the graph is made again with one.
             if effect is not None and effect.happens(module):
                 return f"{role}{name} {effect.what}"
             for setting, value in settings:
