@@ -29,6 +29,7 @@ from .code import is_calling_torch, is_reading_class, types_asked_for
 from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
+from .uses import OF_GRADIENT
 
 IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
     type(None),
@@ -46,7 +47,6 @@ IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
 )
 # What is asked for the gradient of a value that is no leaf.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward)
-_OF_GRADIENT = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "grad_fn")
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 
 
@@ -336,7 +336,7 @@ class DeferredOutput:
     def __getattr__(self, name: str) -> Any:
         if name in ("_captured_call", "_output_index"):
             raise AttributeError(name)
-        if name in _OF_GRADIENT:
+        if name in OF_GRADIENT:
             self.__dict__["_captured_call"].check_gradient_known()
         return getattr(materialise(self), name)
 

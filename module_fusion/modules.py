@@ -67,7 +67,7 @@ class ModuleState:
         plan: how the parameters of `forward` are fed, on a collector.
         returned: number of values that `forward` certainly returns, None where its code does
             not tell.
-        used_by_others: whether the code around a collector uses its output for more than the chain.
+        is_given_away: whether the code around a collector returns or keeps its output.
         chain: the chain, on the last member.
         armed: number of kernels that wait for this module's output or sit in it.
         form: the form the kernels were chosen for.
@@ -85,7 +85,7 @@ class ModuleState:
     outputs: int = 1
     plan: Any = None
     returned: int | None = None
-    used_by_others: bool = False
+    is_given_away: bool = False
     chain: Any = None
     armed: int = 0
     form: MemberForm | None = None
@@ -209,7 +209,8 @@ class FusedModule(_Swapped):
             return super().__call__(*args, **kwargs)
         chain = state.chain
         if state.running and get_ident() in state.running:
-            chain.count_members_run("the kernel called the modules itself")
+            if not torch.compiler.is_dynamo_compiling():
+                chain.reason = "the kernel called the modules itself"
             return super().__call__(*args, **kwargs)
         if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
@@ -499,10 +500,10 @@ def _capture(
             return None
     call, reason = _captured_call(module, state, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
-        is_shared = state.used_by_others or state.speculation.needs_gradient
-        if is_shared and call is not None and call.context[0]:
+        is_known = state.is_given_away or state.speculation.needs_gradient
+        if is_known and call is not None and call.context[0]:
             # A kernel in its place would leave it without a way to the output in the graph.
-            reason = f"gradients are recorded, and the output of {state.name} is used by others too"
+            reason = f"gradients are recorded, and the output of {state.name} is given to others"
             call = None
         state.reason = reason
     if call is None:

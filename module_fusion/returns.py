@@ -70,13 +70,13 @@ def _values_at(steps: list[Step], index: int, function: FunctionType) -> int | N
         assert end is not None
         if _may_be_none(steps, end - 1, function, set()):
             return None
-        end = _start_of_expression(steps, end - 1)
+        end = start_of_expression(steps, end - 1)
         if end is None:
             return None
     return int(built.value)
 
 
-def _start_of_expression(steps: list[Step], end: int) -> int | None:
+def start_of_expression(steps: list[Step], end: int) -> int | None:
     """Where the code begins that leaves one value on the stack at `end`; None after a jump."""
     depth = 0
     for index in range(end, -1, -1):

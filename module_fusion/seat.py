@@ -30,7 +30,7 @@ from .packing import PackedWeights, Packing, packed_weights, why_not_packed
 from .plain import MemberForm
 from .returns import values_returned
 from .spec import External, Plan
-from .uses import is_used_more
+from .uses import gives_away
 
 _MISSING = object()
 # With this begins the reason of a kernel without a backward.
@@ -143,7 +143,7 @@ class FusedKernel(nn.Module):
                 state.form = forms[index]
                 if index < len(states) - 1:
                     state.returned = _values_returned(state.original)
-                    state.used_by_others = _is_used_by_others(state, self._plan.uses_of(index))
+                    state.is_given_away = _is_given_away(state)
                     state.speculation.used_in_compiled_code = False
                     state.speculation.needs_gradient = False
         self.__dict__["_armed"] = armed
@@ -245,14 +245,14 @@ def _values_returned(cls: Any) -> int | None:
     return values_returned(layers[0]) if len(layers) == 1 else None
 
 
-def _is_used_by_others(state: ModuleState, uses: int) -> bool:
-    """Whether the module around a collector uses its output for more than the chain."""
+def _is_given_away(state: ModuleState) -> bool:
+    """Whether the module around a collector returns or keeps its output."""
     parent, member = (_module_of(known) for known in (state.boundary, state))
     forward = None if parent is None else function_of(original_class(parent).forward)
     if parent is None or forward is None:
         return False
     names = [name for name, child in parent._modules.items() if child is member]
-    return any(is_used_more(forward, name, uses) for name in names)
+    return any(gives_away(forward, name) for name in names)
 
 
 def _module_of(state: ModuleState | None) -> nn.Module | None:

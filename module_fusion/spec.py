@@ -124,11 +124,6 @@ class Plan:
     inputs: int
     is_straight: bool
 
-    def uses_of(self, producer: int) -> int:
-        """How many inputs of later members are an output of this one."""
-        sources = [source for member in self.members for source in member.sources]
-        return sum(isinstance(s, Wire) and s.member == producer for s in sources)
-
 
 def infer_specs(forwards: Sequence[Signature]) -> list[ModuleSpec]:
     """Specs for members that feed each other straight on.

@@ -202,7 +202,7 @@ def test_a_kernel_that_refuses_the_members_says_so() -> None:
         (["layers.*.mlp", "layers.*.norm"], {}, FusionError),
         (PATHS, {"specs": [ModuleSpec(["x"])]}, FusionError),
         (PATHS, {"kernel": "Fast", "use_fallback": False}, NotFusableError),
-        (PATHS, {"kernel": "not a name"}, NotFusableError),
+        (PATHS, {"kernel": ""}, NotFusableError),
         (["layers.*.mlp"], {}, AlreadyFusedError),
     ],
 )

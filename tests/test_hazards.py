@@ -66,7 +66,7 @@ def test_a_checkpoint_around_the_last_member_gives_the_right_gradients_or_an_err
 
 def test_a_reentrant_checkpoint_that_closes_over_the_value_is_an_error(x: Tensor) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        (h,) = [norm(x) for norm in [self.norm]]
         return x + checkpoint(lambda t: self.mlp(h) + t, x, use_reentrant=True)
 
     model = model_of(forward, x.device)

@@ -1,0 +1,182 @@
+"""What code gives away of the output of a child that it calls, read from its bytecode."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import PATHS, Block, Model, WeightKernel, mapped
+from torch import Tensor, nn
+
+from module_fusion import DeferredUseError, fuse_modules, report
+from module_fusion.uses import gives_away
+
+Output = namedtuple("Output", "hidden pooled")
+
+
+class Keeps:
+    """Methods that use the output of `norm` themselves."""
+
+    norm: Any
+    mlp: Any
+    other: Any
+    flag: bool
+
+    def in_place_of_the_input(self, x: Any) -> Any:
+        h = self.norm(x)
+        h = self.mlp(h)
+        return h + x
+
+    def in_a_sum(self, x: Any) -> Any:
+        h = self.norm(x)
+        y = self.mlp(h)
+        return y + h
+
+    def in_a_call(self, x: Any) -> Any:
+        return x + self.mlp(self.norm(x))
+
+    def as_another_input(self, x: Any) -> Any:
+        h = self.norm(x)
+        residual = h if self.flag else x
+        return self.mlp(h, residual)
+
+    def in_one_of_two_ways(self, x: Any) -> Any:
+        h = self.norm(x)
+        if self.flag:
+            return self.mlp(h)
+        return self.other(h)
+
+    def in_a_list_for_a_function(self, x: Any) -> Any:
+        h = self.norm(x)
+        y = torch.cat([h, self.mlp(h)])
+        return y + x
+
+
+class GivesAway(Keeps):
+    """Methods that return or keep it."""
+
+    def returned(self, x: Any) -> Any:
+        h = self.norm(x)
+        return self.mlp(h), h
+
+    def in_an_output(self, x: Any) -> Any:
+        h = self.norm(x)
+        pooled = self.mlp(h) if self.mlp is not None else None
+        return Output(hidden=h, pooled=pooled)
+
+    def by_another_name(self, x: Any) -> Any:
+        h = kept = self.norm(x)
+        y = self.mlp(h)
+        return y, kept
+
+    def after_a_variable(self, x: Any) -> Any:
+        h = self.norm(x)
+        outputs = (self.mlp(h), h)
+        assert outputs
+        return outputs
+
+    def on_itself(self, x: Any) -> Any:
+        h = self.norm(x)
+        self.last = h
+        return self.mlp(h)
+
+    def in_a_list(self, x: Any) -> Any:
+        found: list[Any] = []
+        h = self.norm(x)
+        found += [h]
+        return self.mlp(h), found
+
+    def in_a_dict(self, x: Any) -> Any:
+        h = self.norm(x)
+        return {"y": self.mlp(h), "h": h}
+
+    def with_a_hook(self, x: Any) -> Any:
+        h = self.norm(x)
+        y = self.mlp(h)
+        h.register_hook(print)
+        return y
+
+    def to_an_inner_function(self, x: Any) -> Any:
+        h = self.norm(x)
+        return self.mlp(h), lambda: h
+
+
+@pytest.mark.parametrize("cls", [Keeps, GivesAway])
+def test_what_is_given_away_is_told_from_what_is_used(cls: type) -> None:
+    methods = [value for value in vars(cls).values() if callable(value)]
+    assert len(methods) >= 6
+    found = {method.__name__: gives_away(method, "norm") for method in methods}
+    assert found == dict.fromkeys(found, cls is GivesAway)
+
+
+def model_with(forward: Callable[..., Any], x: Tensor, is_fused: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = Model(1).to(x.device)
+    model.layers[0].__class__ = type("Other", (Block,), {"forward": forward})
+    if is_fused:
+        with mapped(K=WeightKernel):
+            fuse_modules(model, PATHS, kernel="K")
+    block: nn.Module = model.layers[0]
+    return block
+
+
+def gradients_of(block: nn.Module, x: Tensor) -> Tensor:
+    y, h = block(x)
+    (found,) = torch.autograd.grad(y.square().sum(), h)
+    return found
+
+
+def test_the_gradient_of_a_value_that_is_returned_is_that_of_the_members(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        h = self.norm(x)
+        return x + self.mlp(h), h
+
+    block = model_with(forward, x)
+    h = block.norm(x).detach().requires_grad_()
+    expected = torch.autograd.grad((x + block.mlp(h)).square().sum(), h)[0]
+    torch.testing.assert_close(gradients_of(block, x), expected)
+    (group,) = report(block).groups
+    assert group.kernel_calls == 0
+    assert "gradients are recorded, and the output of norm is given to others" in str(group.reason)
+    with torch.no_grad():
+        block(x)
+    assert report(block).groups[0].kernel_calls == 1
+
+
+def through_a_method(self: Any, x: Tensor) -> Any:
+    found: list[Tensor] = []
+    h = self.norm(x)
+    found.append(h)
+    return x + self.mlp(h), found[0]
+
+
+def with_its_gradient(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    y = self.mlp(h)
+    (slope,) = torch.autograd.grad(y.sum(), h, create_graph=True)
+    return y + slope, x
+
+
+def with_a_hook(self: Any, x: Tensor) -> Any:
+    (h,) = [norm(x) for norm in [self.norm]]
+    y = self.mlp(h)
+    h.register_hook(lambda gradient: 0.1 * gradient)
+    return y, x
+
+
+@pytest.mark.parametrize("forward", [through_a_method, with_its_gradient, with_a_hook])
+def test_what_the_code_does_not_tell_is_an_error_once_and_then_right(
+    forward: Callable[..., Any], x: Tensor
+) -> None:
+    results = []
+    for is_fused in (False, True):
+        block, given = model_with(forward, x, is_fused), x.clone().requires_grad_()
+        if is_fused:
+            with pytest.raises(DeferredUseError, match="call the model again, or under"):
+                block(given)
+        y, h = block(given)
+        results.append(torch.autograd.grad(y.square().sum(), (h, given)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
