@@ -17,7 +17,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import FrameType, UnionType
 from typing import Any
@@ -184,23 +184,28 @@ class CapturedCall:
             return
         self.settle()
 
-    def check_gradient_known(self) -> None:
-        """Raise if the value has a gradient, and a kernel is in the graph in its place.
+    def give_away(self) -> bool:
+        """Note that others get the value itself; whether a kernel is in the graph in its place.
 
         What the kernel's output depends on is the kernel's input. So the gradient of the value
-        itself would lack what comes by way of the kernel.
+        itself lacks what comes by way of the kernel. From the next call on the members run.
         """
         if not self.replaced_in_graph:
-            return
+            return False
         if not any(isinstance(v, Tensor) and v.requires_grad for v in _flat(self.result())):
-            return
+            return False
         self.origin.speculation.needs_gradient = True
-        raise DeferredUseError(
-            f"The output of {self.path!r} leaves the module around it, or its own gradient is "
-            f"asked for, after the kernel has taken its place in the graph: that gradient would "
-            f"lack what comes through the kernel. From now on the modules run where gradients are "
-            f"recorded: call the model again, or under torch.no_grad(). {_way_out(self.path)}"
-        )
+        return True
+
+    def check_gradient_known(self) -> None:
+        """Raise if the gradient of the value itself would lack what comes by way of a kernel."""
+        if self.give_away():
+            raise DeferredUseError(
+                f"The gradient of the output of {self.path!r} is asked for after the kernel has "
+                f"taken its place in the graph: it would lack what comes through the kernel. From "
+                f"now on the modules run where gradients are recorded: call the model again, or "
+                f"under torch.no_grad(). {_way_out(self.path)}"
+            )
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place or replaced since the call."""
@@ -330,7 +335,8 @@ class DeferredOutput:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in _DIFFERENTIATING:
-            check_gradients_known((args, kwargs))
+            for call in captured_in((args, kwargs)):
+                call.check_gradient_known()
         return func(*materialise(args), **materialise(dict(kwargs or {})))
 
     def __getattr__(self, name: str) -> Any:
@@ -457,13 +463,13 @@ def computed(value: Any) -> Any:
     return value
 
 
-def check_gradients_known(value: Any) -> None:
-    """Raise if a value leaves, or is differentiated by, whose own gradient a kernel has taken."""
+def captured_in(value: Any) -> Iterator[CapturedCall]:
+    """The calls whose outputs are in a value, or in containers in it."""
     pending, seen = [value], set()
     while pending:
         value = pending.pop()
         if type(value) is DeferredOutput:
-            value.__dict__["_captured_call"].check_gradient_known()
+            yield value.__dict__["_captured_call"]
         if type(value) in (Tensor, DeferredOutput, *IMMUTABLE) or id(value) in seen:
             continue
         seen.add(id(value))

@@ -28,7 +28,7 @@ from .deferred import (
     CapturedCall,
     DeferredOutput,
     NotCapturableError,
-    check_gradients_known,
+    captured_in,
     computed,
     holds_deferred,
     materialise,
@@ -443,7 +443,8 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
                 inside[caller] = outer
         if type(output) is not Tensor:
             if here.calls:
-                check_gradients_known(output)
+                for call in captured_in(output):
+                    call.give_away()
             output = materialise(output)
         _settle_kept(self, here)
         return output
@@ -466,8 +467,9 @@ def _replace_kept(module: nn.Module) -> None:
         for name, value in list(inner.__dict__.items()):
             if name == KEY:
                 continue
-            check_gradients_known(value)
             try:
+                for call in captured_in(value):
+                    call.give_away()
                 real = materialise(value)
             except DeferredUseError:
                 continue  # It is an error where it is used.

@@ -60,6 +60,8 @@ def _end_of_call(steps: _Steps, index: int) -> int | None:
 def _is_kept(steps: _Steps, index: int, seen: set[str]) -> bool:
     """Whether a value is put into a variable by the steps from here on that is given away."""
     copies = 1
+    if steps[index].name == "UNPACK_SEQUENCE":
+        index, copies = index + 1, int(steps[index].value)
     while steps[index].name in ("COPY", "DUP_TOP"):
         index, copies = index + 1, copies + 1
     for stored in range(index, index + copies):

@@ -93,6 +93,10 @@ class GivesAway(Keeps):
         h = self.norm(x)
         return {"y": self.mlp(h), "h": h}
 
+    def of_several(self, x: Any) -> Any:
+        first, second = self.norm(x)
+        return self.mlp(first, second), second
+
     def with_a_hook(self, x: Any) -> Any:
         h = self.norm(x)
         y = self.mlp(h)
@@ -167,7 +171,22 @@ def with_a_hook(self: Any, x: Tensor) -> Any:
     return y, x
 
 
-@pytest.mark.parametrize("forward", [through_a_method, with_its_gradient, with_a_hook])
+def test_a_value_that_leaves_unseen_is_that_of_the_members_from_the_next_call_on(
+    x: Tensor,
+) -> None:
+    results = []
+    for is_fused in (False, True):
+        block, given = model_with(through_a_method, x, is_fused), x.clone().requires_grad_()
+        if is_fused:
+            y, h = block(given)
+            assert torch.autograd.grad(y.sum(), h, allow_unused=True) == (None,)
+        y, h = block(given)
+        results.append(torch.autograd.grad(y.square().sum(), (h, given)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert [(g.kernel_calls, g.member_calls) for g in report(block).groups] == [(1, 1)]
+
+
+@pytest.mark.parametrize("forward", [with_its_gradient, with_a_hook])
 def test_what_the_code_does_not_tell_is_an_error_once_and_then_right(
     forward: Callable[..., Any], x: Tensor
 ) -> None:
