@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -28,6 +29,24 @@ class Pair:
 
 
 Named = namedtuple("Named", ["first", "second"])
+
+
+class Doubled(Named):
+    """Its `__new__` makes other items of what it is given."""
+
+    def __new__(cls, first: Any, second: Any) -> Doubled:
+        return super().__new__(cls, first if second is None else (first, second), None)
+
+
+class Labelled(tuple[Any, ...]):
+    label = ""
+
+
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("nobody writes here")
+
+
 CONTAINERS = {
     "value": lambda h: h,
     "tuple": lambda h: (h, 1),
@@ -35,6 +54,8 @@ CONTAINERS = {
     "dict": lambda h: {"h": h, "nested": {"h": h}},
     "dataclass": lambda h: Pair(h, (h,)),
     "namedtuple": lambda h: Named(h, None),
+    "namedtuple of its own": lambda h: Doubled(h, h),
+    "dict that nobody writes to": lambda h: ReadOnly(h=h),
     "ModelOutput": lambda h: BaseModelOutput(last_hidden_state=h, hidden_states=(h, h)),
     "ModelOutput of one": lambda h: BaseModelOutput(last_hidden_state=h),
 }
@@ -69,6 +90,47 @@ def test_what_leaves_the_parent_is_a_real_tensor(x: Tensor, container: str) -> N
     assert leaves(seen) == leaves(got)
 
 
+def test_a_tuple_with_attributes_keeps_them(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        output = Labelled((self.norm(x), self.mlp(x)))
+        output.label = "a"
+        return output
+
+    model = model_of(forward, x.device)
+    fuse(model)
+    with torch.no_grad():
+        output = model(x)
+    assert type(output) is Labelled
+    assert type(output[0]) is Tensor
+    assert output.label == "a"
+
+
+def through_a_property(self: Any) -> Any:
+    return lambda x: x + self.mlp(self.norm(x))
+
+
+@functools.singledispatchmethod
+def dispatched(self: Any, x: Any) -> Any:
+    return x
+
+
+@dispatched.register
+def _(self: Any, x: Tensor) -> Any:
+    return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("forward", [property(through_a_property), dispatched])
+def test_a_forward_that_is_bound_in_a_way_of_its_own_runs_as_it_is(x: Tensor, forward: Any) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].__class__ = type("Bound", (Block,), {"forward": forward})
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model, members_kernel(1))
+        assert torch.equal(model(x), expected)
+        unfuse_modules(model)
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_value_in_a_container_still_reaches_the_kernel(x: Tensor, container: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -80,6 +142,8 @@ def test_a_value_in_a_container_still_reaches_the_kernel(x: Tensor, container: s
             "dict": lambda: box["nested"]["h"],
             "dataclass": lambda: box.second[0],
             "namedtuple": lambda: box.first,
+            "namedtuple of its own": lambda: box.first[0],
+            "dict that nobody writes to": lambda: box["h"],
             "ModelOutput": lambda: box.last_hidden_state,
             "ModelOutput of one": lambda: box.last_hidden_state,
         }[container]()

@@ -198,6 +198,39 @@ def test_a_member_that_writes_to_its_buffer_runs_at_its_own_call(x: Tensor, norm
     assert reason.startswith(("norm may write to", "norm uses ", "norm sets its "))
 
 
+class KeepsItsSize(Norm):
+    size: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.size = y.abs().mean()
+        return y
+
+
+def test_what_a_member_keeps_on_itself_is_there_after_its_call(x: Tensor) -> None:
+    model = model_with(KeepsItsSize(), x)
+    twin = copy.deepcopy(model)
+    fuse(model, WeightKernel)
+    for given in (x, 2 * x):
+        results = []
+        for run in (model, twin):
+            torch.manual_seed(4)
+            with torch.no_grad():
+                results.append([run(given), run[0].norm.size])
+        assert_same(*results)
+    assert str(path_of(model)[2]).startswith("norm sets its size")
+
+
+def test_how_often_a_member_was_called_is_right_when_it_is_not(x: Tensor) -> None:
+    model = model_of(Block.forward, x.device)
+    fuse(model, WeightKernel)
+    before = model[0].norm.calls
+    with torch.no_grad():
+        model(x)
+    assert path_of(model)[0] == 1
+    assert model[0].norm.calls == before
+
+
 class DropsInEval(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.p, training=True)

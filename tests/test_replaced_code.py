@@ -121,6 +121,14 @@ def other_code(self: nn.Module, x: Tensor, factor: float = 1.0) -> Tensor:
     return F.silu(x) * factor * 3
 
 
+def doubled(self: nn.Module, *args: Any) -> Any:
+    return 2 * nn.Module._call_impl(self, *args)  # type: ignore[misc]
+
+
+def doubled_weight(self: nn.Module) -> Any:
+    return 2 * self._parameters["weight"]  # type: ignore[operator]
+
+
 Patch = pytest.MonkeyPatch
 CHANGES: dict[str, tuple[type, type, Callable[[Patch, Any], None], str]] = {
     "a method on the instance": (
@@ -163,6 +171,27 @@ CHANGES: dict[str, tuple[type, type, Callable[[Patch, Any], None], str]] = {
     "another partial": (
         Norm, PartialMlp, lambda patch, b: setattr(b.mlp, "act", functools.partial(F.silu)),
         "mlp reads another act than when the kernel was chosen; fuse again",
+    ),
+    "a parameter that the instance hides": (
+        Norm, Mlp, lambda patch, b: vars(b.norm).update(weight=torch.zeros(HIDDEN)),
+        "norm has an instance-level weight",
+    ),
+    "a child that the instance hides": (
+        Norm, Mlp, lambda patch, b: vars(b.mlp).update(gate=b.mlp.up),
+        "mlp has an instance-level gate",
+    ),
+    "a child's parameter that it hides": (
+        Norm, Mlp, lambda patch, b: vars(b.mlp.down).update(weight=2 * b.mlp.down.weight),
+        "mlp.down has an instance-level weight",
+    ),
+    "what a class runs when it is called": (
+        Norm, Mlp, lambda patch, b: patch.setattr(Mlp, "_call_impl", doubled, raising=False),
+        "mlp has a class whose _call_impl was replaced, Mlp",
+    ),
+    "a class's property over a parameter": (
+        Norm, Mlp,
+        lambda patch, b: patch.setattr(Norm, "weight", property(doubled_weight), raising=False),
+        "norm has a class whose weight was replaced, Norm",
     ),
     "a partial's keyword": (
         Norm, PartialMlp, lambda patch, b: b.mlp.act.keywords.update(approximate="none"),
