@@ -89,7 +89,9 @@ class MemberForm:
         reads = reads_of(module, original_of(cls))
         tensors = {*module._parameters, *module._buffers, *module._modules}
         names = self._note_code(code_of(module, original_of(cls)), cls, tensors)
-        absent = tuple(sorted((names | tensors | {"_compiled_call_impl"}) - {*module.__dict__}))
+        # A module that was compiled before is one that the kernel was compared with.
+        hidden = (tensors | {"_compiled_call_impl"}) - {*module.__dict__}
+        absent = tuple(sorted(names | hidden))
         children = len(module._modules)
         self.parts.append(
             _Part(name, parent, key, cls, effect, settings, reads, absent, children, parameters)

@@ -219,6 +219,18 @@ def test_what_was_replaced_after_fusing_runs_and_the_report_says_so(
     assert torch.equal(found, model(x))
 
 
+def test_a_forward_that_the_instance_had_before_fusing_runs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(Norm, Mlp)), torch.randn(4, HIDDEN)
+    model[0].mlp.forward = lambda x: 2 * x
+    expected, kernel = model(x), members_kernel(1)
+    with mapped(Kernel=kernel):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    assert report(model).groups[0].kernel_calls == 0
+    assert report(model).groups[0].reason == "mlp has an instance-level forward"
+
+
 # A graph is not made again when an attribute of a class is replaced, fused or not.
 SEEN_BY_GRAPHS = [name for name in CHANGES if "class" not in name and name != "a static method"]
 
