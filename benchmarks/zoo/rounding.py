@@ -70,11 +70,12 @@ def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) ->
 
     The bias of a key, for one, has terms that cancel, and only rounding is left. How much that
     is, the unfused model's own error against float64 tells; but it is no less than a unit of the
-    largest gradient of the model, for what cancels by luck, and never more than some.
+    largest gradient of the model, for what cancels by luck, and never more than some of those, or
+    than twice that error.
     """
     unit = torch.finfo(dtype).eps * largest
-    noise = {} if expected.exact is None else expected.exact.noise
-    return min(max(NOISE * noise.get(name, unit), unit), 100 * unit)
+    noise = unit if expected.exact is None else expected.exact.noise.get(name, unit)
+    return min(max(NOISE * noise, unit), max(100 * unit, 2 * noise))
 
 
 def check_accuracy(found: list[Any], expected: Expected) -> str:
