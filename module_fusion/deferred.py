@@ -476,7 +476,8 @@ def captured_in(value: Any) -> Iterator[CapturedCall]:
         if isinstance(value, (dict, tuple, list)):
             pending.extend(value.values() if isinstance(value, dict) else value)
         fields = getattr(type(value), "__dataclass_fields__", ())
-        pending.extend(getattr(value, name, None) for name in fields)
+        own = getattr(value, "__dict__", {})  # An object may compute, or refuse, what is asked.
+        pending.extend(own[name] for name in fields if name in own)
 
 
 def _value_of_output(deferred: DeferredOutput) -> Any:

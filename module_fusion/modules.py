@@ -33,7 +33,7 @@ from .deferred import (
     holds_deferred,
     materialise,
 )
-from .errors import DeferredUseError, FusionError, NotFusableError
+from .errors import FusionError, NotFusableError
 from .plain import ORIGINAL, SHOWN, MemberForm, has_hooks, original_of, shown_name, why_not_under
 from .tracing import Speculation
 
@@ -471,8 +471,8 @@ def _replace_kept(module: nn.Module) -> None:
                 for call in captured_in(value):
                     call.give_away()
                 real = materialise(value)
-            except DeferredUseError:
-                continue  # It is an error where it is used.
+            except Exception:
+                continue  # It is an error where it is used; others may refuse to be looked into.
             if real is not value:
                 inner.__dict__[name] = real
 

@@ -90,6 +90,31 @@ def test_what_leaves_the_parent_is_a_real_tensor(x: Tensor, container: str) -> N
     assert leaves(seen) == leaves(got)
 
 
+@dataclass
+class Refuses:
+    kept: Any
+    asked: Any = None
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "asked":
+            raise ValueError("nobody asks for that")
+        return super().__getattribute__(name)
+
+
+def test_an_attribute_that_refuses_to_be_looked_into_is_left_alone(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.last = self.norm(x)
+        return x + self.mlp(x)
+
+    model = model_of(forward, x.device)
+    model[0].config = Refuses(1)
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model)
+        assert torch.equal(model(x), expected)
+        assert type(model[0].last) is Tensor
+
+
 def test_a_tuple_with_attributes_keeps_them(x: Tensor) -> None:
     def forward(self: Any, x: Tensor) -> Any:
         output = Labelled((self.norm(x), self.mlp(x)))
