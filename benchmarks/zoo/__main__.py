@@ -79,7 +79,8 @@ def main() -> None:
     }
     names = [name for name in names if name not in done]
     if options.like:
-        names = [name for name in names if name in checked_in(read(options.like))]
+        checked = checked_in(read(options.like))
+        names = [name for name in names if name in checked]
     with tqdm(total=len(names), unit="architecture") as bar:
 
         def progress(result: dict[str, object]) -> None:
