@@ -457,3 +457,35 @@ def test_what_is_set_on_the_class_of_a_fused_module_can_be_put_back(path: str, n
     unfuse_modules(model)
     assert [vars(cls).copy() for cls in (Block, Norm, Mlp)] == classes
     torch.testing.assert_close(model(x), expected)
+
+
+def with_twice_the_input(self: Any, x: Tensor) -> Any:
+    return 2 * x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_that_the_class_around_the_members_gets_runs(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls: Any = type("Around", (Block,), {"forward": Block.forward})
+    torch.manual_seed(0)
+    model, x = nn.Sequential(cls(Norm, Mlp)), torch.randn(4, HIDDEN)
+    other, twin = copy.deepcopy(model), copy.deepcopy(model)
+    fuse(model)
+    model(x)
+    monkeypatch.setattr(cls, "forward", with_twice_the_input)
+    expected = twin(x)
+    call: Any = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    torch.testing.assert_close(call(x), expected)
+    if not compiled:
+        assert torch.equal(model(x), expected)
+        reason = "the class around norm has another forward now: unfuse, and fuse again"
+        assert str(report(model).groups[0].reason).startswith(reason)
+    fuse(other)
+    torch.testing.assert_close(other(x), expected)
+    assert report(other).groups[0].kernel_calls == 1
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+    fuse(model)
+    torch.testing.assert_close(model(x), expected)
+    assert report(model).groups[0].kernel_calls == 1
