@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +149,21 @@ def test_the_gradient_of_a_value_that_is_returned_is_that_of_the_members(x: Tens
     with torch.no_grad():
         block(x)
     assert report(block).groups[0].kernel_calls == 1
+
+
+class Returning(Block):
+    def forward(self, x: Tensor) -> Any:
+        h = self.norm(x)
+        return x + self.mlp(h), h
+
+
+def test_a_copy_gives_away_what_its_original_does(x: Tensor) -> None:
+    model = nn.Sequential(Returning()).to(x.device)
+    with mapped(K=WeightKernel):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="K")
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(gradients_of(copied, x), gradients_of(model, x), rtol=0, atol=0)
+    assert report(copied).groups[0].member_calls == 1
 
 
 def through_a_method(self: Any, x: Tensor) -> Any:
