@@ -50,6 +50,11 @@ class Keeps:
             return self.mlp(h)
         return self.other(h)
 
+    def in_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+            return x + self.mlp(h)
+
     def in_a_list_for_a_function(self, x: Any) -> Any:
         h = self.norm(x)
         y = torch.cat([h, self.mlp(h)])
@@ -97,6 +102,31 @@ class GivesAway(Keeps):
     def of_several(self, x: Any) -> Any:
         first, second = self.norm(x)
         return self.mlp(first, second), second
+
+    def in_an_item(self, x: Any) -> Any:
+        found: dict[str, Any] = {}
+        found["h"] = self.norm(x)
+        return self.mlp(found["h"]), found
+
+    def on_another_object(self, x: Any) -> Any:
+        self.other.last = self.norm(x)
+        return self.mlp(self.other.last)
+
+    def in_two_places(self, x: Any) -> Any:
+        self.other.last = h = self.norm(x)
+        return self.mlp(h)
+
+    def out_of_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+            return self.mlp(h), h
+
+    def out_of_a_try(self, x: Any) -> Any:
+        try:
+            h = self.norm(x)
+            return self.mlp(h), h
+        finally:
+            self.other(x)
 
     def with_a_hook(self, x: Any) -> Any:
         h = self.norm(x)
