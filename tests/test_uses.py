@@ -121,6 +121,15 @@ class GivesAway(Keeps):
             h = self.norm(x)
             return self.mlp(h), h
 
+    def after_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+        try:
+            y = self.mlp(h)
+        finally:
+            self.other(x)
+        return y, h
+
     def out_of_a_try(self, x: Any) -> Any:
         try:
             h = self.norm(x)
