@@ -212,6 +212,38 @@ def through_a_method(self: Any, x: Tensor) -> Any:
     return x + self.mlp(h), found[0]
 
 
+def as_the_same_dtype(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), h.float()
+
+
+def through_a_dropout(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), nn.functional.dropout(h, 0.1, training=False)
+
+
+@pytest.mark.parametrize("forward", [as_the_same_dtype, through_a_dropout])
+def test_a_value_that_an_operation_gives_back_itself_is_the_members_from_the_next_call_on(
+    forward: Callable[..., Any], x: Tensor
+) -> None:
+    fused, members = model_with(forward, x), model_with(forward, x, is_fused=False)
+    fused(x.clone().requires_grad_())
+    assert report(fused).groups[0].kernel_calls == 1
+    torch.testing.assert_close(gradients_of(fused, x), gradients_of(members, x), rtol=0, atol=0)
+    assert report(fused).groups[0].member_calls == 1
+
+
+def test_a_value_that_is_only_computed_with_keeps_the_kernel(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        h = self.norm(x)
+        return self.mlp(h) + h.double().float(), x
+
+    fused = model_with(forward, x)
+    for _ in range(2):
+        fused(x.clone().requires_grad_())
+    assert report(fused).groups[0].kernel_calls == 2
+
+
 def with_its_gradient(self: Any, x: Tensor) -> Any:
     h = self.norm(x)
     y = self.mlp(h)
