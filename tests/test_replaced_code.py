@@ -16,7 +16,7 @@ from support import mapped, members_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from module_fusion import fuse, fuse_modules, report, unfuse_modules
+from module_fusion import ModuleSpec, fuse, fuse_modules, report, unfuse_modules
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -489,3 +489,29 @@ def test_a_forward_that_the_class_around_the_members_gets_runs(
     fuse(model)
     torch.testing.assert_close(model(x), expected)
     assert report(model).groups[0].kernel_calls == 1
+
+
+def scaled(x: Tensor, eps: float = 1e-6, *, dim: int = -1) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
+
+
+class NormWithDefaults(HelperNorm):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return factor * self.weight * scaled(x)
+
+
+class Zeros(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_functions_with_defaults_have_their_kernel_in_a_compiled_graph() -> None:
+    model, x = nn.Sequential(Block(NormWithDefaults, Mlp)), torch.randn(4, HIDDEN)
+    specs = [ModuleSpec(["x"], ["h"]), ModuleSpec(["h"], ["y"])]
+    with mapped(Kernel=Zeros):
+        fuse_modules(model, ["0.norm", "0.mlp"], specs, kernel="Kernel")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), x)

@@ -222,6 +222,13 @@ def through_a_dropout(self: Any, x: Tensor) -> Any:
     return h + self.mlp(h), nn.functional.dropout(h, 0.1, training=False)
 
 
+def on_the_module_by_a_function(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    y = h + self.mlp(h)
+    self.__dict__.update(last=h)
+    return y, y
+
+
 @pytest.mark.parametrize("forward", [as_the_same_dtype, through_a_dropout])
 def test_a_value_that_an_operation_gives_back_itself_is_the_members_from_the_next_call_on(
     forward: Callable[..., Any], x: Tensor
@@ -231,6 +238,20 @@ def test_a_value_that_an_operation_gives_back_itself_is_the_members_from_the_nex
     assert report(fused).groups[0].kernel_calls == 1
     torch.testing.assert_close(gradients_of(fused, x), gradients_of(members, x), rtol=0, atol=0)
     assert report(fused).groups[0].member_calls == 1
+
+
+def test_a_value_that_is_kept_unseen_is_that_of_the_members_from_the_next_call_on(
+    x: Tensor,
+) -> None:
+    results = []
+    for is_fused in (True, False):
+        block = model_with(on_the_module_by_a_function, x, is_fused)
+        block(x.clone().requires_grad_())
+        y, _ = block(x.clone().requires_grad_())
+        results.append(torch.autograd.grad(y.square().sum(), block.last))
+        if is_fused:
+            assert [(g.kernel_calls, g.member_calls) for g in report(block).groups] == [(1, 1)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_a_value_that_is_only_computed_with_keeps_the_kernel(x: Tensor) -> None:
