@@ -47,6 +47,11 @@ IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
 )
 # What is asked for the gradient of a value that is no leaf.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward)
+# Methods that give the tensor itself where there is nothing to do.
+_CONVERSIONS = (
+    "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
+    "requires_grad_",
+)  # fmt: skip
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 
 
@@ -337,14 +342,21 @@ class DeferredOutput:
         if func in _DIFFERENTIATING:
             for call in captured_in((args, kwargs)):
                 call.check_gradient_known()
-        return func(*materialise(args), **materialise(dict(kwargs or {})))
+        result = func(*materialise(args), **materialise(dict(kwargs or {})))
+        for value in args:
+            if type(value) is DeferredOutput:
+                _give_away_itself(value, result)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_captured_call", "_output_index"):
             raise AttributeError(name)
         if name in OF_GRADIENT:
             self.__dict__["_captured_call"].check_gradient_known()
-        return getattr(materialise(self), name)
+        value = getattr(materialise(self), name)
+        if name not in _CONVERSIONS or not self.__dict__["_captured_call"].replaced_in_graph:
+            return value
+        return lambda *args, **kwargs: _give_away_itself(self, value(*args, **kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(materialise(self), name, value)
@@ -478,6 +490,14 @@ def captured_in(value: Any) -> Iterator[CapturedCall]:
         fields = getattr(type(value), "__dataclass_fields__", ())
         own = getattr(value, "__dict__", {})  # An object may compute, or refuse, what is asked.
         pending.extend(own[name] for name in fields if name in own)
+
+
+def _give_away_itself(deferred: DeferredOutput, result: Any) -> Any:
+    """What an operation on a value returns; noted if it is the value itself."""
+    call: CapturedCall = deferred.__dict__["_captured_call"]
+    if call.replaced_in_graph and result is _value_of_output(deferred):
+        call.give_away()
+    return result
 
 
 def _value_of_output(deferred: DeferredOutput) -> Any:

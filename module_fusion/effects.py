@@ -451,7 +451,18 @@ def _of_stores(function: types.FunctionType, me: str) -> _Findings:
     elif kept := [store.name for store in stores if store.kind == "own"]:
         # Not how often it is called: that is right when it is not called.
         what = f"sets its {kept[0]}"
+    elif read := [store.name for store in stores if _is_read_too(store.name, function, me)]:
+        what = f"counts its {read[0]}, and reads it"
     return _NOTHING._replace(always=what, stored=stored)
+
+
+def _is_read_too(counted: str, function: types.FunctionType, me: str) -> bool:
+    """Whether code reads what it counts, other than to count it."""
+    code = function.__code__
+    loads = [load for load in loads_in(code, me) if load.attributes[:1] == (counted,)]
+    return len([load for load in loads if load.kind == "own"]) > len(
+        [store for store in stores_in(code, me) if store.name == counted]
+    )
 
 
 def _of_load(

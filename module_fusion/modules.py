@@ -121,10 +121,12 @@ class Inside:
         calls: that were captured in it, weakly.
         hooks: for saved tensors, as they were when it began.
         backward: in which it runs, by number; -1 for none.
+        is_as_read: whether it is the `forward` that was there when the module was fused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_as_read: bool) -> None:
         self.calls: list[weakref.ref[CapturedCall]] = []
+        self.is_as_read = is_as_read
         self.hooks = saved_tensors_hooks()
         self.backward = torch._C._current_graph_task_id()
 
@@ -335,6 +337,7 @@ class _Made(NamedTuple):
 
     key: tuple[type[nn.Module], type | None, bool]
     contents: dict[str, Any]
+    forward: Any
 
 
 def changed_since_made(cls: type) -> list[str]:
@@ -377,7 +380,8 @@ def _swapped_class(
 ) -> type[nn.Module]:
     key = (original, role, is_boundary)
     cls = _CLASSES.get(key)
-    if cls is None or changed_since_made(cls):
+    found = inspect.getattr_static(original, "forward")
+    if cls is None or changed_since_made(cls) or cls.__dict__[_MADE].forward is not found:
         namespace: dict[str, Any] = {
             "__module__": original.__module__,
             "__doc__": original.__doc__,
@@ -394,7 +398,7 @@ def _swapped_class(
         assert cls is not None
         cls.__qualname__ = original.__qualname__
         _wrap_as_subclasses_are(cls, original)
-        type.__setattr__(cls, _MADE, _Made(key, dict(cls.__dict__)))
+        type.__setattr__(cls, _MADE, _Made(key, dict(cls.__dict__), found))
         _CLASSES[key] = cls
     return cls
 
@@ -413,22 +417,24 @@ def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:
 
 
 def _guarded_forward(original: type[nn.Module]) -> Any:
-    own: Any = original.forward
+    read: Any = original.forward
     found = inspect.getattr_static(original, "forward")
-    if not isinstance(found, FunctionType):  # One that is bound in a way of its own.
+    is_function = isinstance(found, FunctionType)
+    if not is_function:  # One that is bound in a way of its own.
 
-        def own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def read(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return found.__get__(self, type(self))(*args, **kwargs)
 
-    @functools.wraps(own)
+    @functools.wraps(read)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = self._fusion  # type: ignore[assignment]
+        own: Any = original.forward if is_function else read  # Anyone may have replaced it.
         if state is None or torch.compiler.is_dynamo_compiling():
             output = own(self, *args, **kwargs)
             return output if type(output) is Tensor else materialise(output)
         inside, caller = state.inside, get_ident()
         outer = inside.get(caller)
-        here = inside[caller] = Inside()
+        here = inside[caller] = Inside(own is read)
         try:
             output = own(self, *args, **kwargs)
         except BaseException:
@@ -525,6 +531,8 @@ def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
     """
     if inside is None:
         return f"{state.name} is called outside the forward of the module around it"
+    if not inside.is_as_read:
+        return f"the class around {state.name} has another forward now: unfuse, and fuse again"
     if inside.hooks != saved_tensors_hooks():
         return f"{state.name} is in a checkpoint, or under other hooks for saved tensors, alone"
     if inside.backward != torch._C._current_graph_task_id():

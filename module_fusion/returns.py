@@ -126,16 +126,24 @@ def _sources(steps: list[Step], index: int) -> list[int]:
 
 
 def steps_of(function: FunctionType) -> Iterator[Step]:
-    for one in dis.get_instructions(function.__code__):
+    instructions = list(dis.get_instructions(function.__code__))
+    # Code may jump to one that does nothing: it goes on with the next that does something.
+    goes_on: dict[int, int] = {}
+    for one in reversed(instructions):
+        is_nothing = one.opname in _NOTHING
+        goes_on[one.offset] = goes_on.get(one.offset + 2, 0) if is_nothing else one.offset
+    targets = {goes_on[one.offset] for one in instructions if one.is_jump_target}
+    for one in instructions:
         if one.opname in _NOTHING:
             continue
-        jumps = one.opcode in _JUMPS
+        jumps, is_target = one.opcode in _JUMPS, one.offset in targets
         if isinstance(one.argval, tuple) and one.opname.count("_FAST") == 2:
             stores = one.opname.startswith("STORE"), "_STORE" in one.opname
             for store, value in zip(stores, one.argval, strict=True):
                 name = "STORE_FAST" if store else "LOAD_FAST"
                 effect = -1 if name == "STORE_FAST" else 1
-                yield Step(name, value, effect, one.offset, False, one.is_jump_target)
+                yield Step(name, value, effect, one.offset, False, is_target)
             continue
         effect = dis.stack_effect(one.opcode, one.arg, jump=False)
-        yield Step(one.opname, one.argval, effect, one.offset, jumps, one.is_jump_target)
+        value = goes_on.get(one.argval, one.argval) if jumps else one.argval
+        yield Step(one.opname, value, effect, one.offset, jumps, is_target)

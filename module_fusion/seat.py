@@ -248,8 +248,10 @@ def _values_returned(cls: Any) -> int | None:
 def _is_given_away(state: ModuleState) -> bool:
     """Whether the module around a collector returns or keeps its output."""
     parent, member = (_module_of(known) for known in (state.boundary, state))
-    forward = None if parent is None else function_of(original_class(parent).forward)
-    if parent is None or forward is None:
+    if parent is None:  # In a copy, it may not be made yet.
+        return state.is_given_away
+    forward = function_of(original_class(parent).forward)
+    if forward is None:
         return False
     names = [name for name, child in parent._modules.items() if child is member]
     return any(gives_away(forward, name) for name in names)

@@ -58,19 +58,19 @@ def _end_of_call(steps: _Steps, index: int) -> int | None:
 
 
 def _is_kept(steps: _Steps, index: int, seen: set[str]) -> bool:
-    """Whether a value is put into a variable by the steps from here on that is given away."""
-    copies = 1
+    """Whether a value is put somewhere by the steps from here on, and is given away from there."""
+    copies, top = 1, index - 1
     if steps[index].name == "UNPACK_SEQUENCE":
-        index, copies = index + 1, int(steps[index].value)
-    while steps[index].name in ("COPY", "DUP_TOP"):
-        index, copies = index + 1, copies + 1
-    for stored in range(index, index + copies):
-        if steps[stored].name == "STORE_DEREF":  # Inner functions have it too.
-            return True
-        if steps[stored].name != "STORE_FAST":
+        copies, top = int(steps[index].value), index
+    while copies > 0:
+        while steps[top + 1].name in ("COPY", "DUP_TOP"):
+            copies, top = copies + 1, top + 1
+        taker, _ = _taker(steps, top)
+        if not steps[taker].name.startswith("STORE_"):
             return False
-        if _is_given_away(steps, stored, seen):
+        if _leaves(steps, top, seen):
             return True
+        copies, top = copies - 1, taker
     return False
 
 
@@ -107,16 +107,10 @@ def _loads(steps: _Steps, stored: int, name: str) -> list[int]:
 
 def _leaves(steps: _Steps, index: int, seen: set[str]) -> bool:
     """Whether the value that a step leaves on top of the stack is given away by its consumer."""
-    above = 0
-    for taker in range(index + 1, len(steps)):
-        step = steps[taker]
-        if step.jumps:
-            return above > 0  # It is tested, or where it goes cannot be told.
-        if _taken(step) > above:
-            break
-        above += step.effect
-    else:
-        return False
+    taker, above = _taker(steps, index)
+    step = steps[taker]
+    if step.jumps:
+        return above > 0  # It is tested, or where it goes cannot be told.
     if step.name.startswith("BUILD_"):
         return _leaves(steps, taker, seen)
     if steps[index].name.startswith("BUILD_") and step.name.startswith(("BINARY_", "INPLACE_")):
@@ -129,6 +123,20 @@ def _leaves(steps: _Steps, index: int, seen: set[str]) -> bool:
         end = taker + 1 if step.name == "PRECALL" else taker
         return _is_returned_by_a_global(steps, end)
     return step.name.startswith(_KEEPS)
+
+
+def _taker(steps: _Steps, index: int) -> tuple[int, int]:
+    """The step that takes the value which a step leaves on top, or jumps, and what is above it."""
+    above = 0
+    for taker in range(index + 1, len(steps)):
+        step = steps[taker]
+        if step.jumps or _taken(step) > above:
+            return taker, above
+        if step.name in ("SWAP", "ROT_TWO"):  # As for a `return` in a `with`.
+            depth = (step.value or 2) - 1
+            above = {0: depth, depth: 0}.get(above, above)
+        above += step.effect
+    return len(steps) - 1, above
 
 
 def _is_returned_by_a_global(steps: _Steps, call: int) -> bool:

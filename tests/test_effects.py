@@ -221,6 +221,25 @@ def test_what_a_member_keeps_on_itself_is_there_after_its_call(x: Tensor) -> Non
     assert str(path_of(model)[2]).startswith("norm sets its size")
 
 
+def test_a_member_that_reads_what_it_counts_runs_at_its_call(x: Tensor) -> None:
+    class Warming(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            scale = min(self.calls / 3, 1.0)
+            return scale * self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    fused = model_with(Warming(), x)
+    members = copy.deepcopy(fused)
+    fuse(fused, WeightKernel)
+    for _ in range(4):
+        results = []
+        for run in (fused, members):
+            torch.manual_seed(4)
+            results.append(run(x))
+        assert_same(*results)
+    assert str(path_of(fused)[2]).startswith("norm counts its calls, and reads it")
+
+
 def test_how_often_a_member_was_called_is_right_when_it_is_not(x: Tensor) -> None:
     model = model_of(Block.forward, x.device)
     fuse(model, WeightKernel)

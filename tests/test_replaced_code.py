@@ -16,7 +16,7 @@ from support import mapped, members_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from module_fusion import fuse, fuse_modules, report, unfuse_modules
+from module_fusion import ModuleSpec, fuse, fuse_modules, report, unfuse_modules
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -457,3 +457,61 @@ def test_what_is_set_on_the_class_of_a_fused_module_can_be_put_back(path: str, n
     unfuse_modules(model)
     assert [vars(cls).copy() for cls in (Block, Norm, Mlp)] == classes
     torch.testing.assert_close(model(x), expected)
+
+
+def with_twice_the_input(self: Any, x: Tensor) -> Any:
+    return 2 * x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_that_the_class_around_the_members_gets_runs(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls: Any = type("Around", (Block,), {"forward": Block.forward})
+    torch.manual_seed(0)
+    model, x = nn.Sequential(cls(Norm, Mlp)), torch.randn(4, HIDDEN)
+    other, twin = copy.deepcopy(model), copy.deepcopy(model)
+    fuse(model)
+    model(x)
+    monkeypatch.setattr(cls, "forward", with_twice_the_input)
+    expected = twin(x)
+    call: Any = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    torch.testing.assert_close(call(x), expected)
+    if not compiled:
+        assert torch.equal(model(x), expected)
+        reason = "the class around norm has another forward now: unfuse, and fuse again"
+        assert str(report(model).groups[0].reason).startswith(reason)
+    fuse(other)
+    torch.testing.assert_close(other(x), expected)
+    assert report(other).groups[0].kernel_calls == 1
+    unfuse_modules(model)
+    assert torch.equal(model(x), expected)
+    fuse(model)
+    torch.testing.assert_close(model(x), expected)
+    assert report(model).groups[0].kernel_calls == 1
+
+
+def scaled(x: Tensor, eps: float = 1e-6, *, dim: int = -1) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
+
+
+class NormWithDefaults(HelperNorm):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return factor * self.weight * scaled(x)
+
+
+class Zeros(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_functions_with_defaults_have_their_kernel_in_a_compiled_graph() -> None:
+    model, x = nn.Sequential(Block(NormWithDefaults, Mlp)), torch.randn(4, HIDDEN)
+    specs = [ModuleSpec(["x"], ["h"]), ModuleSpec(["h"], ["y"])]
+    with mapped(Kernel=Zeros):
+        fuse_modules(model, ["0.norm", "0.mlp"], specs, kernel="Kernel")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,11 @@ class Keeps:
         if self.flag:
             return self.mlp(h)
         return self.other(h)
+
+    def in_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+            return x + self.mlp(h)
 
     def in_a_list_for_a_function(self, x: Any) -> Any:
         h = self.norm(x)
@@ -96,6 +102,40 @@ class GivesAway(Keeps):
     def of_several(self, x: Any) -> Any:
         first, second = self.norm(x)
         return self.mlp(first, second), second
+
+    def in_an_item(self, x: Any) -> Any:
+        found: dict[str, Any] = {}
+        found["h"] = self.norm(x)
+        return self.mlp(found["h"]), found
+
+    def on_another_object(self, x: Any) -> Any:
+        self.other.last = self.norm(x)
+        return self.mlp(self.other.last)
+
+    def in_two_places(self, x: Any) -> Any:
+        self.other.last = h = self.norm(x)
+        return self.mlp(h)
+
+    def out_of_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+            return self.mlp(h), h
+
+    def after_a_with(self, x: Any) -> Any:
+        with self.other:
+            h = self.norm(x)
+        try:
+            y = self.mlp(h)
+        finally:
+            self.other(x)
+        return y, h
+
+    def out_of_a_try(self, x: Any) -> Any:
+        try:
+            h = self.norm(x)
+            return self.mlp(h), h
+        finally:
+            self.other(x)
 
     def with_a_hook(self, x: Any) -> Any:
         h = self.norm(x)
@@ -150,11 +190,79 @@ def test_the_gradient_of_a_value_that_is_returned_is_that_of_the_members(x: Tens
     assert report(block).groups[0].kernel_calls == 1
 
 
+class Returning(Block):
+    def forward(self, x: Tensor) -> Any:
+        h = self.norm(x)
+        return x + self.mlp(h), h
+
+
+def test_a_copy_gives_away_what_its_original_does(x: Tensor) -> None:
+    model = nn.Sequential(Returning()).to(x.device)
+    with mapped(K=WeightKernel):
+        fuse_modules(model, ["0.norm", "0.mlp"], kernel="K")
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(gradients_of(copied, x), gradients_of(model, x), rtol=0, atol=0)
+    assert report(copied).groups[0].member_calls == 1
+
+
 def through_a_method(self: Any, x: Tensor) -> Any:
     found: list[Tensor] = []
     h = self.norm(x)
     found.append(h)
     return x + self.mlp(h), found[0]
+
+
+def as_the_same_dtype(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), h.float()
+
+
+def through_a_dropout(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), nn.functional.dropout(h, 0.1, training=False)
+
+
+def on_the_module_by_a_function(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    y = h + self.mlp(h)
+    self.__dict__.update(last=h)
+    return y, y
+
+
+@pytest.mark.parametrize("forward", [as_the_same_dtype, through_a_dropout])
+def test_a_value_that_an_operation_gives_back_itself_is_the_members_from_the_next_call_on(
+    forward: Callable[..., Any], x: Tensor
+) -> None:
+    fused, members = model_with(forward, x), model_with(forward, x, is_fused=False)
+    fused(x.clone().requires_grad_())
+    assert report(fused).groups[0].kernel_calls == 1
+    torch.testing.assert_close(gradients_of(fused, x), gradients_of(members, x), rtol=0, atol=0)
+    assert report(fused).groups[0].member_calls == 1
+
+
+def test_a_value_that_is_kept_unseen_is_that_of_the_members_from_the_next_call_on(
+    x: Tensor,
+) -> None:
+    results = []
+    for is_fused in (True, False):
+        block = model_with(on_the_module_by_a_function, x, is_fused)
+        block(x.clone().requires_grad_())
+        y, _ = block(x.clone().requires_grad_())
+        results.append(torch.autograd.grad(y.square().sum(), block.last))
+        if is_fused:
+            assert [(g.kernel_calls, g.member_calls) for g in report(block).groups] == [(1, 1)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_value_that_is_only_computed_with_keeps_the_kernel(x: Tensor) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        h = self.norm(x)
+        return self.mlp(h) + h.double().float(), x
+
+    fused = model_with(forward, x)
+    for _ in range(2):
+        fused(x.clone().requires_grad_())
+    assert report(fused).groups[0].kernel_calls == 2
 
 
 def with_its_gradient(self: Any, x: Tensor) -> Any:
