@@ -118,8 +118,12 @@ class Chain:
         if self.packings:
             return "compiled graphs cannot check that the weights are packed: they run the members"
         for role, state in zip(self.roles, self.states, strict=False):
-            if state is not None and not state.speculation.holds:
+            if state is None:
+                continue
+            if not state.speculation.holds:
                 return f"the output of {role} is used elsewhere: compiled graphs run the members"
+            if state.form is not None and not state.form.has_weights:
+                return f"{role} has no weights, so it may return its input: compiled graphs run it"
         return None
 
     def count_members_run(self, reason: str | None = None) -> None:

@@ -71,6 +71,7 @@ class MemberForm:
         self.dtypes = {d for _, d, _ in parameters if d is not None and d.is_floating_point}
         self.devices = {device for _, _, device in parameters if device is not None}
         self.has_buffers = any(True for _ in member.buffers())
+        self.has_weights = self.has_buffers or bool(self.devices)
 
     def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)

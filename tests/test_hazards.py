@@ -290,6 +290,39 @@ def test_under_torch_compile_any_other_use_of_the_value_is_the_unfused_one(
         assert "_fusion" not in module.__dict__
 
 
+class Weightless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_member_without_weights_runs_in_compiled_graphs_and_the_report_says_so(
+    x: Tensor,
+) -> None:
+    calls = []
+
+    class Counted(WeightKernel):
+        can_torch_compile = True
+        has_backward = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            gate = F.silu(F.linear(x, self.mlp.gate_proj.weight))
+            return F.linear(gate * F.linear(x, self.mlp.up_proj.weight), self.mlp.down_proj.weight)
+
+    model = support.Model(1).to(x.device)
+    model.layers[0].norm = Weightless()
+    expected = model(x)
+    with mapped(Kernel=Counted):
+        fuse_modules(model, ["layers.*.norm", "layers.*.mlp"], kernel="Kernel")
+    assert torch.equal(model(x), expected)
+    reason = "norm has no weights, so it may return its input: compiled graphs run it"
+    assert report(model).groups[0].reason == reason
+    assert len(calls) == 1
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert len(calls) == 1
+
+
 class Gate(nn.Linear):
     def __init__(self) -> None:
         super().__init__(8, 8)
