@@ -40,6 +40,7 @@ SOURCES = (
     Source(_RESULTS / "tests-torch-versions.md", r".*transformers \d|\| \d.*", "on a CPU"),
     Source(_RESULTS / "tests-h200.log", r"python \d", "on an H200"),
     Source(_RESULTS / "zoo.md", r"`python benchmarks/zoo", "on a CPU"),
+    Source(_RESULTS / "zoo-torch-2.8.md", r"`python benchmarks/zoo", "on a CPU"),
     Source(_RESULTS / "zoo-others.md", r"`python benchmarks/zoo", "on a CPU"),
     Source(_RESULTS / "cpu.md", r"torch \d", "on a CPU"),
     Source(Path(".ci", "run"), r".*pip install .*torch==", "on a CPU"),

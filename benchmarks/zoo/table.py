@@ -38,7 +38,7 @@ Row = dict[str, Any]
 def write(rows: Sequence[Row], folder: Path, name: str = "zoo") -> None:
     """Write `NAME.md` and `NAME.json`."""
     reached = {row["architecture"] for row in rows}
-    missing: Row = {"status": "not reached", "error": "the sweep was ended before"}
+    missing: Row = {"status": "not reached", "error": "not in this sweep"}
     rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
     (folder / f"{name}.md").write_text(_markdown(rows, name))
