@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import Options, Weights, activate, gate_and_up
+from .reference import Options, Weights, gated_mlp
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: str) -> Tensor:
@@ -28,11 +28,4 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, norm: str) -> Tensor:
 
 def rms_norm_mlp(x: Tensor, weights: Weights, options: Options) -> Tensor:
     """`mlp(norm(x))` for `x` of shape `(..., hidden)`."""
-    h = rms_norm(x, weights.norm, options.eps, options.norm)
-    gate, up = gate_and_up(h, weights, options.gate_first)
-    activated = activate(gate, options.activation)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        product = activated * up
-    else:
-        product = activated.mul_(up)
-    return F.linear(product, weights.down, weights.down_bias)
+    return gated_mlp(rms_norm(x, weights.norm, options.eps, options.norm), weights, options)

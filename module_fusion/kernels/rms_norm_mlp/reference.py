@@ -81,8 +81,16 @@ def gate_and_up(h: Tensor, weights: Weights, gate_first: bool) -> tuple[Tensor, 
 
 def gated_mlp(h: Tensor, weights: Weights, options: Options) -> Tensor:
     """`down(activation(gate(h)) * up(h))` for `h` of shape `(..., hidden)`."""
-    gate, up = gate_and_up(h, weights, options.gate_first)
-    return F.linear(activate(gate, options.activation) * up, weights.down, weights.down_bias)
+    return F.linear(_gated(h, weights, options), weights.down, weights.down_bias)
+
+
+def _gated(h: Tensor, weights: Weights, options: Options) -> Tensor:
+    if weights.up is None:
+        gate, up = gate_and_up(h, weights, options.gate_first)
+        return activate(gate, options.activation) * up
+    # In the order of the modules: the gate's memory is free again, and warm, for `up`.
+    activated = activate(F.linear(h, weights.gate, weights.gate_bias), options.activation)
+    return activated * F.linear(h, weights.up, weights.up_bias)
 
 
 def rms_norm_mlp(x: Tensor, weights: Weights, options: Options) -> Tensor:
