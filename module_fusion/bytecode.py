@@ -139,7 +139,9 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         in_place = in_place or (operation == "BINARY_OP" and instruction.argrepr.endswith("="))
         if operation in ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"):
             found.append(Store("item", ""))
-        elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            operation in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars
+        ):
             found.append(Store("global", instruction.argval))
         elif operation in ("STORE_ATTR", "DELETE_ATTR"):
             own = previous == me or (in_place and _is_own(instruction.argval, code, me))

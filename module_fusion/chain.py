@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import Parameter
 from threading import get_ident
 from types import MethodType
@@ -93,6 +93,17 @@ class Chain:
         self.packings = packings
         if self.seat is not None:
             self.seat.__dict__["_packings"] = packings
+
+    def refuse(self, refusal: str | None) -> Callable[[], None]:
+        """Say anew why the chain never captures, None if it does; how to take that back."""
+        before, self.refusal = self.refusal, refusal
+        if self.seat is not None:
+            self.seat.__dict__["_refusal"] = refusal
+
+        def take_back() -> None:
+            self.refuse(before)
+
+        return take_back
 
     @property
     def armed(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import get_ignored_functions
 
 from .bytecode import Load, callees_of, function_of, is_of_torch, layers_of, loads_in, self_of
+from .originals import original_of
 
 # An `isinstance` with these alone is false of a tensor and of a value that stands for one.
 _NOT_TENSORS = frozenset(
@@ -75,8 +76,8 @@ def code_that_asks_for_type(
         current = pending.pop()
         pending.extend(child for child in current.children() if id(child) not in members)
         if type(current) not in seen:
-            cls: Any = type(current)
-            seen.add(cls)
+            seen.add(type(current))
+            cls: Any = original_of(type(current))
             if cls not in known:
                 known[cls] = _what_asks_for_type(cls)
             asking = known[cls]
@@ -136,7 +137,7 @@ def module_with_a_way_of_its_own(module: nn.Module, members: Sequence[nn.Module]
                     asking[name] = type(current).__name__
                 elif is_compiled(current):
                     asking[name] = f"a compiled {type(current).__name__}"
-    order = _order_of_calls(type(module)) if asking else {}
+    order = _order_of_calls(original_of(type(module))) if asking else {}
     first = min((order.get(name, -1) for name in capturing), default=-1)
     late = (cls for name, cls in asking.items() if not order.get(name, first) < first)
     return next(late, None)

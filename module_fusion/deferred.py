@@ -17,9 +17,10 @@ import inspect
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from types import FrameType, UnionType
+from types import BuiltinMethodType, FrameType, MemberDescriptorType, MethodType, UnionType
 from typing import Any
 
 import torch
@@ -47,11 +48,6 @@ IMMUTABLE = (  # No set: Dynamo of torch 2.8 cannot look a type up in one.
 )
 # What is asked for the gradient of a value that is no leaf.
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward)
-# Methods that give the tensor itself where there is nothing to do.
-_CONVERSIONS = (
-    "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
-    "requires_grad_",
-)  # fmt: skip
 _DYNAMO = os.path.join(os.path.dirname(torch.__file__), "_dynamo")
 
 
@@ -189,22 +185,47 @@ class CapturedCall:
             return
         self.settle()
 
-    def give_away(self) -> bool:
-        """Note that others get the value itself; whether a kernel is in the graph in its place.
+    def give_away(self) -> None:
+        """Note, and say, that others get the value itself.
 
-        What the kernel's output depends on is the kernel's input. So the gradient of the value
-        itself lacks what comes by way of the kernel. From the next call on the members run.
+        What the output of a kernel in its place depends on is the kernel's input. So the gradient
+        of the value itself lacks what comes by way of the kernel. From the next call on the
+        members run.
+
+        Raises:
+            DeferredUseError: in a checkpoint, which will run the members then.
         """
+        if not self._lacks_gradient():
+            return
+        speculation = self.origin.speculation
+        if speculation.needs_gradient:
+            return
+        speculation.needs_gradient = True
+        if self.context[5] is not None:
+            raise DeferredUseError(
+                f"The output of {self.path!r} is given to others in a checkpoint, where the code "
+                f"did not tell that it would be. The modules run from now on, so that what is run "
+                f"again in the backward would not be what ran here. Call the model again."
+            )
+        warnings.warn(
+            f"The output of {self.path!r} is given to others, where the code did not tell that it "
+            f"would be, after the kernel has taken its place in the graph. In this call its "
+            f"own gradient, and what a hook on it gets, lack what comes through the kernel; the "
+            f"gradients of parameters and inputs have it. From the next call on the modules run "
+            f"where gradients are recorded.",
+            stacklevel=2,
+        )
+
+    def _lacks_gradient(self) -> bool:
+        """Whether a kernel is in the graph in the place of the value, which requires a gradient."""
         if not self.replaced_in_graph:
             return False
-        if not any(isinstance(v, Tensor) and v.requires_grad for v in _flat(self.result())):
-            return False
-        self.origin.speculation.needs_gradient = True
-        return True
+        return any(isinstance(v, Tensor) and v.requires_grad for v in _flat(self.result()))
 
     def check_gradient_known(self) -> None:
         """Raise if the gradient of the value itself would lack what comes by way of a kernel."""
-        if self.give_away():
+        if self._lacks_gradient():
+            self.origin.speculation.needs_gradient = True
             raise DeferredUseError(
                 f"The gradient of the output of {self.path!r} is asked for after the kernel has "
                 f"taken its place in the graph: it would lack what comes through the kernel. From "
@@ -342,10 +363,12 @@ class DeferredOutput:
         if func in _DIFFERENTIATING:
             for call in captured_in((args, kwargs)):
                 call.check_gradient_known()
+        deferred: list[DeferredOutput] = []
+        if not torch.compiler.is_dynamo_compiling():
+            deferred += _deferred_in((args, kwargs))
         result = func(*materialise(args), **materialise(dict(kwargs or {})))
-        for value in args:
-            if type(value) is DeferredOutput:
-                _give_away_itself(value, result)
+        for value in deferred:
+            _give_away_itself(value, result)
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -354,8 +377,10 @@ class DeferredOutput:
         if name in OF_GRADIENT:
             self.__dict__["_captured_call"].check_gradient_known()
         value = getattr(materialise(self), name)
-        if name not in _CONVERSIONS or not self.__dict__["_captured_call"].replaced_in_graph:
+        if not self.__dict__["_captured_call"].replaced_in_graph:
             return value
+        if not isinstance(value, (MethodType, BuiltinMethodType)):
+            return _give_away_itself(self, value)
         return lambda *args, **kwargs: _give_away_itself(self, value(*args, **kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -477,11 +502,16 @@ def computed(value: Any) -> Any:
 
 def captured_in(value: Any) -> Iterator[CapturedCall]:
     """The calls whose outputs are in a value, or in containers in it."""
+    for deferred in _deferred_in(value):
+        yield deferred.__dict__["_captured_call"]
+
+
+def _deferred_in(value: Any) -> Iterator[DeferredOutput]:
     pending, seen = [value], set()
     while pending:
         value = pending.pop()
         if type(value) is DeferredOutput:
-            yield value.__dict__["_captured_call"]
+            yield value
         if type(value) in (Tensor, DeferredOutput, *IMMUTABLE) or id(value) in seen:
             continue
         seen.add(id(value))
@@ -490,13 +520,22 @@ def captured_in(value: Any) -> Iterator[CapturedCall]:
         fields = getattr(type(value), "__dataclass_fields__", ())
         own = getattr(value, "__dict__", {})  # An object may compute, or refuse, what is asked.
         pending.extend(own[name] for name in fields if name in own)
+        pending.extend(getattr(value, name, None) for name in fields if _is_slot(value, name))
+
+
+def _is_slot(value: Any, name: str) -> bool:
+    found = inspect.getattr_static(type(value), name, None)
+    return isinstance(found, MemberDescriptorType)
 
 
 def _give_away_itself(deferred: DeferredOutput, result: Any) -> Any:
-    """What an operation on a value returns; noted if it is the value itself."""
+    """What an operation on a value returns; noted if the value itself is in it."""
     call: CapturedCall = deferred.__dict__["_captured_call"]
-    if call.replaced_in_graph and result is _value_of_output(deferred):
-        call.give_away()
+    if call.replaced_in_graph:
+        value = _value_of_output(deferred)
+        items = result if isinstance(result, (tuple, list)) else (result,)
+        if any(item is value for item in items):
+            call.give_away()
     return result
 
 
@@ -603,7 +642,7 @@ def _forward_operators() -> None:
     """Give `DeferredOutput` the operators, which Python looks up on the class."""
 
     def unary(op: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda self: op(materialise(self))
+        return lambda self: _give_away_itself(self, op(materialise(self)))
 
     def binary(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return lambda self, other: op(materialise(self), materialise(other))

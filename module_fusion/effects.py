@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .bytecode import (
     WRITING_KEYWORDS,
     Load,
+    Store,
     function_of,
     is_of_torch,
     layers_of,
@@ -433,17 +434,21 @@ def _of_function(
         return known[key]
     known[key] = _NOTHING  # What calls itself does nothing more than the rest of it does.
     me = self_of(function) if is_method else ""
-    found = [_of_stores(function, me), _NOTHING._replace(functions=frozenset([function]))]
+    stores = stores_in(function.__code__, me)
+    found = [_of_stores(stores, function), _NOTHING._replace(functions=frozenset([function]))]
     if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         found.append(_NOTHING._replace(always=f"runs {function.__qualname__} bit by bit"))
+    counted = [store.name for store in stores if store.kind == "count"]
     for load in loads_in(function.__code__, me):
-        found.append(_of_load(load, function, cls, known))
+        if load.kind == "own" and load.attributes[0] in counted and len(load.attributes) == 1:
+            counted.remove(load.attributes[0])  # To add to it.
+        else:
+            found.append(_of_load(load, function, cls, known))
     known[key] = _merged(found)
     return known[key]
 
 
-def _of_stores(function: types.FunctionType, me: str) -> _Findings:
-    stores = stores_in(function.__code__, me)
+def _of_stores(stores: Sequence[Store], function: types.FunctionType) -> _Findings:
     stored = frozenset(store.name for store in stores if store.kind in ("own", "count"))
     what = None
     if any(store.kind not in ("own", "count") for store in stores):
@@ -451,18 +456,7 @@ def _of_stores(function: types.FunctionType, me: str) -> _Findings:
     elif kept := [store.name for store in stores if store.kind == "own"]:
         # Not how often it is called: that is right when it is not called.
         what = f"sets its {kept[0]}"
-    elif read := [store.name for store in stores if _is_read_too(store.name, function, me)]:
-        what = f"counts its {read[0]}, and reads it"
     return _NOTHING._replace(always=what, stored=stored)
-
-
-def _is_read_too(counted: str, function: types.FunctionType, me: str) -> bool:
-    """Whether code reads what it counts, other than to count it."""
-    code = function.__code__
-    loads = [load for load in loads_in(code, me) if load.attributes[:1] == (counted,)]
-    return len([load for load in loads if load.kind == "own"]) > len(
-        [store for store in stores_in(code, me) if store.name == counted]
-    )
 
 
 def _of_load(
@@ -608,6 +602,8 @@ def _what_own_does(
     )
     if written is not None:
         return f"may write to its {written}"
+    if read := sorted(found.stored & {name for name, *_ in found.own}):
+        return f"counts its {read[0]}, and reads it"
     for name, *rest in found.own:
         value = _attribute_of(module, cls, name)
         what: str | None = None

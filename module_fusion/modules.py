@@ -34,7 +34,8 @@ from .deferred import (
     materialise,
 )
 from .errors import FusionError, NotFusableError
-from .plain import ORIGINAL, SHOWN, MemberForm, has_hooks, original_of, shown_name, why_not_under
+from .originals import ORIGINAL, SHOWN, original_of, shown_name
+from .plain import MemberForm, has_hooks, why_not_under
 from .tracing import Speculation
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ModuleState:
         holders: modules between that one and a member of the chain, weakly; None in a copy that
             had some.
         boundary_of: number of chains whose deferred values must not leave this module.
+        read: the `forward` around these chains, as it was read when the first was fused.
         inside: for each thread that is in this module's forward, the calls captured there.
         outputs: number of values that the spec names, 1 for a value that is no tuple.
         plan: how the parameters of `forward` are fed, on a collector.
@@ -82,6 +84,7 @@ class ModuleState:
     boundary: ModuleState | None = None
     holders: tuple[weakref.ref[nn.Module], ...] | None = ()
     boundary_of: int = 0
+    read: ReadForward | None = None
     outputs: int = 1
     plan: Any = None
     returned: int | None = None
@@ -111,7 +114,26 @@ class ModuleState:
             "running": frozenset(),
             "reason": None,
         }
+        if self.read is not None:
+            # Read again when the copy is joined; one that was replaced before stays so.
+            fresh["read"] = None if self.read == read_forward(self.original) else _REPLACED
         return {**self.__dict__, **fresh}
+
+
+class ReadForward(NamedTuple):
+    """A class's own `forward`, as it is there, and its code."""
+
+    found: Any
+    code: Any
+
+
+_REPLACED = ReadForward(None, None)
+
+
+def read_forward(original: type[nn.Module]) -> ReadForward:
+    """The `forward` that a class has now."""
+    found = inspect.getattr_static(original, "forward")
+    return ReadForward(found, getattr(found, "__code__", None))
 
 
 class Inside:
@@ -121,7 +143,7 @@ class Inside:
         calls: that were captured in it, weakly.
         hooks: for saved tensors, as they were when it began.
         backward: in which it runs, by number; -1 for none.
-        is_as_read: whether it is the `forward` that was there when the module was fused.
+        is_as_read: whether it is the `forward` that was there when the members were fused.
     """
 
     def __init__(self, is_as_read: bool) -> None:
@@ -181,7 +203,9 @@ class RegistryCollector(_Swapped):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state: ModuleState | None = self._fusion
+        state: ModuleState | None = getattr(self, "_fusion", None)
+        if state is None and not isinstance(self, RegistryCollector):
+            return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None or not state.armed:
             return super().__call__(*args, **kwargs)
         captured = _capture(self, state, args, kwargs)
@@ -206,7 +230,9 @@ class FusedModule(_Swapped):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state: ModuleState | None = self._fusion
+        state: ModuleState | None = getattr(self, "_fusion", None)
+        if state is None and not isinstance(self, FusedModule):
+            return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None:
             return super().__call__(*args, **kwargs)
         chain = state.chain
@@ -283,6 +309,8 @@ def state_of(module: nn.Module) -> ModuleState | None:
 def _join(module: nn.Module, state: ModuleState) -> None:
     """Make a copied state that of the copied module."""
     state.module = weakref.ref(module)
+    if state.boundary_of and state.read is None:
+        state.read = read_forward(state.original)
     if state.chain is not None:
         state.chain.reconnect(module)
 
@@ -417,24 +445,27 @@ def _wrap_as_subclasses_are(cls: Any, original: type[nn.Module]) -> None:
 
 
 def _guarded_forward(original: type[nn.Module]) -> Any:
-    read: Any = original.forward
-    found = inspect.getattr_static(original, "forward")
-    is_function = isinstance(found, FunctionType)
-    if not is_function:  # One that is bound in a way of its own.
+    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The `forward` of the class, bound in the way of what it is: it may be no function."""
+        found = inspect.getattr_static(original, "forward")
+        bind = getattr(found, "__get__", None)
+        return (found if bind is None else bind(self, type(self)))(*args, **kwargs)
 
-        def read(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return found.__get__(self, type(self))(*args, **kwargs)
+    known: Any = original.forward
+    is_function = isinstance(inspect.getattr_static(original, "forward"), FunctionType)
 
-    @functools.wraps(read)
+    @functools.wraps(known if is_function else bound)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: ModuleState | None = self._fusion  # type: ignore[assignment]
-        own: Any = original.forward if is_function else read  # Anyone may have replaced it.
+        state: ModuleState | None = getattr(self, "_fusion", None)
+        own: Any = known
+        if not is_function or original.forward is not known:  # Anyone may have replaced it.
+            own = bound
         if state is None or torch.compiler.is_dynamo_compiling():
             output = own(self, *args, **kwargs)
             return output if type(output) is Tensor else materialise(output)
         inside, caller = state.inside, get_ident()
         outer = inside.get(caller)
-        here = inside[caller] = Inside(own is read)
+        here = inside[caller] = Inside(_is_as_read(state, own))
         try:
             output = own(self, *args, **kwargs)
         except BaseException:
@@ -458,6 +489,14 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
     return forward
 
 
+def _is_as_read(state: ModuleState, own: Any) -> bool:
+    """Whether the class around the chains has the `forward`, and the code, that was read."""
+    read = state.read
+    if read is not None and own is read.found:
+        return own.__code__ is read.code
+    return read == read_forward(state.original)
+
+
 def _settle_kept(module: nn.Module, inside: Inside) -> None:
     """Compute what is still held somewhere, such as on an object: nobody may find it uncomputed."""
     kept = [call for reference in inside.calls if (call := reference()) is not None]
@@ -474,11 +513,15 @@ def _replace_kept(module: nn.Module) -> None:
             if name == KEY:
                 continue
             try:
-                for call in captured_in(value):
-                    call.give_away()
+                calls = list(captured_in(value))
+            except Exception:
+                continue  # It refuses to be looked into.
+            for call in calls:
+                call.give_away()
+            try:
                 real = materialise(value)
             except Exception:
-                continue  # It is an error where it is used; others may refuse to be looked into.
+                continue  # It is an error where it is used.
             if real is not value:
                 inner.__dict__[name] = real
 

@@ -21,9 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
 from .effects import Code, Effect, Read, code_of, effect_of, is_other, reads_of, settings_of
+from .originals import original_of
 
-ORIGINAL = "_fusion_original_class"
-SHOWN = "_fusion_shown_name"
 # What `calling_context` gives outside of every mode, transform and trace.
 _USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)
 _USUAL_WITHOUT_GRAD = (False, *_USUAL[1:])
@@ -271,19 +270,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def original_of(cls: type) -> Any:
-    """The class that a swapped class stands for; any other class itself.
-
-    A class that someone put on top of a swapped one counts as a class of its own.
-    """
-    return cls.__dict__.get(ORIGINAL, cls)
-
-
-def shown_name(cls: type) -> str:
-    """How a class is called in a `repr` and in messages: `FusedModule[LlamaMLP]`."""
-    return str(cls.__dict__.get(SHOWN, cls.__name__))
 
 
 def why_not_under(context: Context) -> str | None:

@@ -29,8 +29,8 @@ from .modules import (
     original_class,
     state_of,
 )
+from .originals import shown_name
 from .paths import Group, check_paths
-from .plain import shown_name
 from .seat import check_roles
 from .spec import ModuleSpec, Plan, forward_signature, infer_specs, make_plan
 from .tracing import Speculation
@@ -45,6 +45,7 @@ class Job:
     boundary: tuple[str, nn.Module] | None
     holders: list[nn.Module]
     speculation: Speculation
+    refusal: str | None
     is_fused: bool
 
     @property
@@ -108,7 +109,7 @@ def make_jobs(
                 _check_class(path, module)
             if boundary is not None:
                 _check_class(*boundary)
-        job = Job(group, existing or chain, boundary, holders, speculation, is_fused)
+        job = Job(group, existing or chain, boundary, holders, speculation, refusal, is_fused)
         jobs.setdefault(tuple(map(id, group.modules)), job)
     return list(jobs.values())
 

@@ -28,11 +28,12 @@ from .modules import (
     RegistryCollector,
     expected_class,
     has_expected_class,
+    read_forward,
     set_class,
     state_of,
 )
+from .originals import shown_name
 from .paths import check_paths, find_groups, find_modules
-from .plain import shown_name
 from .planning import Job, check_no_overlap, make_jobs, roles_and_paths
 from .report import FusionReport, GroupReport
 from .spec import ModuleSpec
@@ -143,6 +144,7 @@ def apply_jobs(
         for job in jobs:
             if job.is_fused:
                 set_holders(job)
+                undo.append(job.chain.refuse(job.refusal))
             else:
                 _apply(job, undo)
         with code_read_once():
@@ -287,7 +289,7 @@ def _apply(job: Job, undo: list[Callable[[], None]]) -> None:
         state = state_of(module) or ModuleState(module, path)
         undo.append(_restorer(module, state))
         if not state.boundary_of:
-            state.inside = {}
+            state.inside, state.read = {}, read_forward(state.original)
         state.boundary_of += 1
         set_class(module, state)
         job.chain.boundary = state

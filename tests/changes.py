@@ -18,8 +18,8 @@ from module_fusion import FusionError, ModuleSpec
 from module_fusion.families import WeightLayout, register_family
 from module_fusion.families.rms_norm_mlp import RMSNormMLPFamily
 from module_fusion.modules import call_as_itself
+from module_fusion.originals import original_of
 from module_fusion.paths import find_groups
-from module_fusion.plain import original_of
 from module_fusion.seat import run_members
 from module_fusion.spec import forward_signature, infer_specs, make_plan
 

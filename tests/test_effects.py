@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -238,6 +239,56 @@ def test_a_member_that_reads_what_it_counts_runs_at_its_call(x: Tensor) -> None:
             results.append(run(x))
         assert_same(*results)
     assert str(path_of(fused)[2]).startswith("norm counts its calls, and reads it")
+
+
+class CountsInOneReadsInAnother(Norm):
+    def count(self) -> None:
+        self.calls += 1
+
+    def scale(self) -> float:
+        return 1 / (self.calls + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count()
+        return self.scale() * self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
+
+
+def counting_outside() -> type[Norm]:
+    calls = 0
+
+    class CountsOutside(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls = calls + 1
+            return calls * self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
+
+    return CountsOutside
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: CountsInOneReadsInAnother, "norm counts its calls, and reads it"),
+        (counting_outside, "norm may write to a tensor, in"),
+    ],
+)
+def test_a_member_that_reads_elsewhere_what_it_counts_runs_at_its_call(
+    make: Callable[[], type[Norm]], why: str, x: Tensor
+) -> None:
+    results = []
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        model = model_with(make()(), x)
+        if is_fused:
+            fuse(model, WeightKernel)
+        outputs = []
+        for _ in range(3):
+            torch.manual_seed(4)
+            outputs.append(model(x))
+        results.append(outputs)
+        if is_fused:
+            assert str(path_of(model)[2]).startswith(why)
+    assert_same(*results)
 
 
 def test_how_often_a_member_was_called_is_right_when_it_is_not(x: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import functools
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -489,6 +490,133 @@ def test_a_forward_that_the_class_around_the_members_gets_runs(
     fuse(model)
     torch.testing.assert_close(model(x), expected)
     assert report(model).groups[0].kernel_calls == 1
+
+
+def asking(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return x + self.mlp(2 * h if type(h) is Tensor else h)
+
+
+class Two(Block):
+    """A block with a second pair of members."""
+
+    def __init__(self) -> None:
+        super().__init__(Norm, Mlp)
+        self.norm2, self.mlp2 = Norm(), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(self.norm(x))
+        return x + self.mlp2(self.norm2(x))
+
+
+def asking_twice(self: Any, x: Tensor) -> Any:
+    x = asking(self, x)
+    h = self.norm2(x)
+    return x + self.mlp2(2 * h if type(h) is Tensor else h)
+
+
+def fuse_pair(model: nn.Module, norm: str, mlp: str) -> None:
+    with mapped(K=members_kernel(1)):
+        fuse_modules(model, {"norm": norm, "mlp": mlp}, kernel="K")
+
+
+def exchange_code(cls: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cls.forward, "__code__", asking_twice.__code__)
+
+
+def set_forward(value: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    return lambda cls, patch: patch.setattr(cls, "forward", value)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        set_forward(asking_twice),
+        exchange_code,
+        set_forward(staticmethod(lambda x: 3 * x)),
+        set_forward(functools.partial(lambda x, y: x * y, 2)),
+        set_forward(functools.partialmethod(lambda self, y, x: x * y, 2)),
+    ],
+)
+@pytest.mark.parametrize("then", ["called", "copied", "unpickled", "one unfused", "another fused"])
+def test_code_around_the_members_that_was_not_read_gets_no_captured_value(
+    replace: Callable[[Any, pytest.MonkeyPatch], None], then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = types.FunctionType(Two.forward.__code__, globals(), "forward")
+    monkeypatch.setattr(Two, "forward", function)  # Its code is exchanged in one case.
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Two()), torch.randn(4, HIDDEN)
+    twin = copy.deepcopy(model)
+    fuse_pair(model, "0.norm", "0.mlp")
+    if then != "another fused":
+        fuse_pair(model, "0.norm2", "0.mlp2")
+    replace(Two, monkeypatch)
+    if then == "another fused":
+        fuse_pair(model, "0.norm2", "0.mlp2")
+    if then == "one unfused":
+        unfuse_modules(model, ["0.norm2"])
+    model = {"copied": copy.deepcopy, "unpickled": through_pickle}.get(then, lambda m: m)(model)
+    assert torch.equal(model(x), twin(x))
+    assert [group.kernel_calls for group in report(model).groups] == [0] * len(report(model).groups)
+    unfuse_modules(model)
+    assert torch.equal(model(x), twin(x))
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def test_two_chains_of_one_block_fused_by_two_calls_have_their_kernels() -> None:
+    model, x = nn.Sequential(Two()), torch.randn(4, HIDDEN)
+    fuse_pair(model, "0.norm", "0.mlp")
+    fuse_pair(model, "0.norm2", "0.mlp2")
+    model(x)
+    assert [(g.kernel_calls, g.reason) for g in report(model).groups] == [(1, None)] * 2
+
+
+def test_a_chain_that_is_fused_again_reads_the_code_around_it_again() -> None:
+    class Asking(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.inner = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            return 2 * h if type(h) is Tensor else h
+
+    model, x = nn.Sequential(Block(Norm, Mlp)), torch.randn(4, HIDDEN)
+    model[0].norm = Asking(model[0].norm)
+    asking, model[0].norm = model[0].norm, model[0].norm.inner
+    fuse_pair(model, "0.norm", "0.mlp")
+    norm, mlp = model[0].norm, model[0].mlp
+    model[0].norm = asking
+    twin = copy.deepcopy(model)
+    unfuse_modules(twin)
+    fuse_pair(model, "0.norm.inner", "0.mlp")
+    assert (model[0].norm.inner, model[0].mlp) == (norm, mlp)
+    assert torch.equal(model(x), twin(x))
+    assert "asks for type(...)" in str(report(model).groups[0].reason)
+
+
+@pytest.mark.parametrize("kept", ["forward", "member", "compiled", "class's"])
+def test_a_call_that_was_kept_while_fused_runs_the_modules_after_unfusing(kept: str) -> None:
+    model, x = Block(Norm, Mlp), torch.randn(4, HIDDEN)
+    expected = model(x)
+    fuse_pair(model, "norm", "mlp")
+    if kept == "forward":
+        forward = model.forward
+        model.forward = lambda x: forward(x)  # As accelerate's hooks do.
+    elif kept == "member":
+        norm, mlp = model.norm.__call__, model.mlp.__call__
+    elif kept == "compiled":
+        model.forward = torch.compile(model.forward, backend="eager")
+        model(x)
+    else:
+        model.forward = types.MethodType(type(model).forward, model)
+    unfuse_modules(model)
+    found = x + mlp(norm(x)) if kept == "member" else model(x)
+    torch.testing.assert_close(found, expected)
 
 
 def scaled(x: Tensor, eps: float = 1e-6, *, dim: int = -1) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from support import PATHS, Block, Model, WeightKernel, mapped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from module_fusion import DeferredUseError, fuse_modules, report
 from module_fusion.uses import gives_away
@@ -205,6 +208,10 @@ def test_a_copy_gives_away_what_its_original_does(x: Tensor) -> None:
     assert report(copied).groups[0].member_calls == 1
 
 
+# It is said once.
+GIVEN = pytest.warns(UserWarning, match="'.*norm' is given to others, where the code did not tell")
+
+
 def through_a_method(self: Any, x: Tensor) -> Any:
     found: list[Tensor] = []
     h = self.norm(x)
@@ -229,12 +236,60 @@ def on_the_module_by_a_function(self: Any, x: Tensor) -> Any:
     return y, y
 
 
-@pytest.mark.parametrize("forward", [as_the_same_dtype, through_a_dropout])
+def as_the_same_shape(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), h.flatten(h.dim() - 1)
+
+
+def as_its_real_part(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), h.real
+
+
+def with_a_sign(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), +h
+
+
+def among_several(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), torch.atleast_2d([x, h])[1]
+
+
+def by_a_keyword(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    return h + self.mlp(h), nn.functional.dropout(input=h, training=False)
+
+
+@dataclass(slots=True)
+class Slots:
+    first: Any
+    second: Any
+
+    def __iter__(self) -> Any:
+        return iter((self.first, self.second))
+
+
+def in_slots(self: Any, x: Tensor) -> Any:
+    h = self.norm(x)
+    both = Slots(x, h)
+    both.first = h + self.mlp(h)
+    return both
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        as_the_same_dtype, through_a_dropout, as_the_same_shape, as_its_real_part, with_a_sign,
+        among_several, by_a_keyword, in_slots,
+    ],
+)  # fmt: skip
 def test_a_value_that_an_operation_gives_back_itself_is_the_members_from_the_next_call_on(
     forward: Callable[..., Any], x: Tensor
 ) -> None:
     fused, members = model_with(forward, x), model_with(forward, x, is_fused=False)
-    fused(x.clone().requires_grad_())
+    with GIVEN:
+        fused(x.clone().requires_grad_())
     assert report(fused).groups[0].kernel_calls == 1
     torch.testing.assert_close(gradients_of(fused, x), gradients_of(members, x), rtol=0, atol=0)
     assert report(fused).groups[0].member_calls == 1
@@ -246,7 +301,8 @@ def test_a_value_that_is_kept_unseen_is_that_of_the_members_from_the_next_call_o
     results = []
     for is_fused in (True, False):
         block = model_with(on_the_module_by_a_function, x, is_fused)
-        block(x.clone().requires_grad_())
+        with GIVEN if is_fused else nullcontext():
+            block(x.clone().requires_grad_())
         y, _ = block(x.clone().requires_grad_())
         results.append(torch.autograd.grad(y.square().sum(), block.last))
         if is_fused:
@@ -286,12 +342,28 @@ def test_a_value_that_leaves_unseen_is_that_of_the_members_from_the_next_call_on
     for is_fused in (False, True):
         block, given = model_with(through_a_method, x, is_fused), x.clone().requires_grad_()
         if is_fused:
-            y, h = block(given)
+            with GIVEN:
+                y, h = block(given)
             assert torch.autograd.grad(y.sum(), h, allow_unused=True) == (None,)
         y, h = block(given)
         results.append(torch.autograd.grad(y.square().sum(), (h, given)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert [(g.kernel_calls, g.member_calls) for g in report(block).groups] == [(1, 1)]
+
+
+@pytest.mark.parametrize("forward", [through_a_method, on_the_module_by_a_function])
+def test_a_value_that_leaves_unseen_in_a_checkpoint_is_an_error_once_and_then_right(
+    forward: Callable[..., Any], x: Tensor
+) -> None:
+    results = []
+    for is_fused in (False, True):
+        block, given = model_with(forward, x, is_fused), x.clone().requires_grad_()
+        if is_fused:
+            with pytest.raises(DeferredUseError, match=r"given to others in a checkpoint.*again"):
+                checkpoint(block, given, use_reentrant=False)
+        y, h = checkpoint(block, given, use_reentrant=False)
+        results.append(torch.autograd.grad(y.square().sum() + h.sum(), given))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("forward", [with_its_gradient, with_a_hook])

@@ -24,7 +24,19 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from support import Model
-from zoo import check, compare, discover, extras, heads, pairs, rounding, sources, table, worker
+from zoo import (
+    check,
+    compare,
+    discover,
+    extras,
+    heads,
+    pairs,
+    rounding,
+    sources,
+    sweep,
+    table,
+    worker,
+)
 from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
 from zoo.flat import flat, same_bits
@@ -121,9 +133,12 @@ def test_results_of_several_versions_have_tables_of_their_own(tmp_path: Path) ->
     pair = {"pair": ["a", "b"], "follows": True, "outcome": "kernel"}
     row = {
         "architecture": "bert", "status": "checked", "class": "BertModel", "pairs": [pair],
-        "of_pairs": 2, "groups": [], "faults": [], "no_gradients": None,
+        "of_pairs": 2, "faults": [], "no_gradients": "no output requires one",
+        "groups": [{"family": "f", "outcome": "skipped", "reason": "'a.b' is small"}] * 2,
         "others": [
-            {"class": "A", "pairs": [pair], "of_pairs": 1}, {"class": "B", "error": "refused"},
+            {"class": "A", "pairs": [pair], "of_pairs": 1, "reference": "same bits",
+             "groups": [{"outcome": "kernel"}], "gradients": 2e-5},
+            {"class": "B", "error": "refused"},
             {"class": "C", "pairs": [], "of_pairs": 0},
         ],
     }  # fmt: skip
@@ -133,6 +148,12 @@ def test_results_of_several_versions_have_tables_of_their_own(tmp_path: Path) ->
     assert "| model classes checked | 2 |" in text
     assert "| other model classes, all of whose pairs had been checked in another | 1 |" in text
     assert "| model classes that were not built | 1 |" in text
+    assert "| other model classes run with `fuse` | 1 |" in text
+    assert "| of these, groups on the kernel | 1 |" in text
+    assert "largest difference, of its own largest element | 2.0e-05 |" in text
+    assert "| f | 2 | '…' is small | bert |" in text
+    assert "| bert | no output requires one |" in text
+    assert "| bert | B | refused |" in text
     assert "| pairs: kernel | 2 |" in text
     assert "| outputs of `fuse`: what they were compared with was not noted | 1 |" in text
     assert "| pairs fused by path | 2 of 3 |" in text
@@ -168,6 +189,17 @@ class GatedMlp(nn.Module):
         return self.b(one * F.gelu(two))
 
 
+class Weightless(nn.Module):
+    """An RMSNorm without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
 class Pair(nn.Module):
     def __init__(self, norm: nn.Module, is_used_twice: bool) -> None:
         super().__init__()
@@ -182,6 +214,8 @@ class Pair(nn.Module):
     ("norm", "is_used_twice", "found"),
     [
         (nn.RMSNorm(8), False, [("first", "second")]),
+        (Weightless(), False, [("first", "second")]),
+        (nn.Identity(), False, []),
         (nn.RMSNorm(8), True, []),
         (nn.LayerNorm(8), False, []),
     ],
@@ -330,6 +364,45 @@ def _without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FusedModule, "__call__", call)
 
 
+def _without_a_kernel_or_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where no gradients are recorded alone."""
+
+    def call(self: FusedModule, *args: Any, **kwargs: Any) -> Any:
+        by_itself = now if torch.is_grad_enabled() else planted
+        return by_itself(self, *args, **kwargs)
+
+    now = FusedModule.__call__
+    _without_a_kernel(monkeypatch)
+    planted = FusedModule.__call__
+    monkeypatch.setattr(FusedModule, "__call__", call)
+
+
+def _another_key(with_a_kernel: bool) -> Plant:
+    """One more in the state dict of a model that is fused by path."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        def add(module: nn.Module, state: dict[str, Any], *args: Any) -> None:
+            state["stray"] = torch.zeros(1)
+
+        def fuse_modules(model: nn.Module, paths: Any, **options: Any) -> Any:
+            result = fuse(model, paths, **options)
+            if ("kernel" in options) is with_a_kernel:
+                handles.append(model.register_state_dict_post_hook(add))
+            return result
+
+        def unfuse_modules(model: nn.Module) -> Any:
+            while handles:
+                handles.pop().remove()
+            return unfuse(model)
+
+        handles: list[Any] = []
+        fuse, unfuse = check.fuse_modules, check.unfuse_modules
+        monkeypatch.setattr(check, "fuse_modules", fuse_modules)
+        monkeypatch.setattr(check, "unfuse_modules", unfuse_modules)
+
+    return plant
+
+
 def _undoing(change: Callable[[nn.Module], object]) -> Plant:
     """Changes the model after it was unfused."""
 
@@ -371,11 +444,14 @@ def _raise(model: nn.Module) -> None:
     [
         (_after_kernels(False, _gradient_times(1 + 1e-4)), "->", "the gradient of .* differs with"),
         (_after_kernels(False, _gradient_times(0)), "->", "the gradient of .* differs with a kern"),
-        (_after_kernels(True, _gradient_times(1.01)), "fuse", "the gradient of .* with `fuse`"),
+        (_after_kernels(True, _gradient_times(1 + 5e-5)), "fuse", "the gradient of .* with `fuse`"),
         (_after_kernels(True, _gradient_times(0)), "fuse", "the gradient of .* with `fuse`"),
         (_after_kernels(True, lambda y: y * (1 + 1e-4)), "fuse", "accuracy of `fuse`"),
         (_after_kernels(True, _marked), "fuse", "outputs differ with `fuse`: Marked .* for Tensor"),
         (_without_a_kernel, "->", "outputs differ without a kernel"),
+        (_without_a_kernel_or_gradients, "->", "outputs differ without a kernel"),
+        (_another_key(False), "->", "the state dict is not as it was without a kernel"),
+        (_another_key(True), "->", "the state dict is not as it was with a kernel"),
         (_undoing(_leave_an_attribute), "fuse", "after undoing `fuse` the model is not as it was"),
         (_undoing(_leave_an_attribute), "->", "after undoing the model is not as it was"),
         (_after_kernels(True, _drawing(lambda: torch.rand(1))), "fuse", "other random numbers"),
@@ -530,6 +606,53 @@ def test_a_fault_is_one_in_the_row_of_the_architecture_and_of_other_classes(
     (other,) = check_others("llama", tiny(), set(), FOREVER)
     assert "error" not in other
     assert other["faults"]
+
+
+def test_a_class_without_pairs_of_its_own_runs_with_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "build", lambda *args: tiny())
+    monkeypatch.setattr(heads, "all_classes_of", lambda name: ["Model", "Other"])
+    seen: set[object] = set()
+    assert pairs.pairs_of(tiny(), seen)
+    (other,) = check_others("llama", tiny(), seen, FOREVER)
+    assert (other["of_pairs"], other["faults"]) == (0, [])
+    assert [group["outcome"] for group in other["groups"]] == ["kernel", "kernel"]
+    _after_kernels(True, lambda y: y * 2)(monkeypatch)
+    (other,) = check_others("llama", tiny(), seen, FOREVER)
+    assert [fault["what"] for fault in other["faults"]] == ["Other: fuse"]
+
+
+def test_a_gradient_of_a_graph_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    assert extras.check_compiled(built, expected, PAIR, True) == "same, gradients too"
+
+    def another_gradient(y: torch.Tensor) -> torch.Tensor:
+        is_traced = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
+        return y + 0.01 * (y - y.detach()) if is_traced else y
+
+    for is_family, how in ((True, "with `fuse`"), (False, "fused")):
+        with monkeypatch.context() as planted:
+            _after_kernels(is_family, another_gradient)(planted)
+            with pytest.raises(compare.Fault, match=f"the gradient of .* differs compiled.*{how}"):
+                extras.check_compiled(built, expected, PAIR, True)
+
+
+def test_a_sweep_goes_on_after_a_row_that_was_not_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answering:
+        def ask(self, name: str, seconds: float) -> dict[str, Any]:
+            return {"architecture": name, "status": "checked"}
+
+        def end(self) -> None:
+            pass
+
+    results = tmp_path / "zoo.jsonl"
+    results.write_text('{"architecture": "a", "status": "checked"}\n{"archi')
+    assert [row["architecture"] for row in sweep.read(results)] == ["a"]
+    monkeypatch.setattr(sweep, "Worker", Answering)
+    sweep.sweep(["b"], results, 1, FOREVER, lambda row: None)
+    assert [row["architecture"] for row in sweep.read(results)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["check_generate", "check_compiled"])

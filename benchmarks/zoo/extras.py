@@ -1,4 +1,4 @@
-"""The sample: one graph of torch.compile, and greedy generation."""
+"""Greedy generation; and of a sample one graph of torch.compile, without and with gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,13 @@ from .compare import (
     in_float64,
     kept_values,
 )
-from .flat import flat, relative_error, same_bits
-from .rounding import check_accuracy
+from .flat import flat, gradients_of, relative_error, same_bits
+from .rounding import ANOTHER_KERNEL, ANOTHER_ORDER, check_accuracy, check_gradients
 
 NEW_TOKENS = 8
+# Options of `generate`, of which the first that the unfused model takes are used.
+OPTIONS: tuple[dict[str, Any], ...]
+OPTIONS = ({"eos_token_id": None}, {"eos_token_id": None, "decoder_start_token_id": 0}, {})
 Pair = tuple[str, str]
 
 
@@ -47,41 +51,52 @@ def check_generate(built: Built, expected: Expected, pair: Pair | None) -> str |
     can: Any = getattr(built.model, "can_generate", None)
     if "input_ids" not in built.inputs or can is None or not can():
         return None
-    try:
-        before = _generated(built)
-    except Exception as error:
-        return f"the unfused model does not generate: {type(error).__name__}"
+    for options in OPTIONS:
+        generated = partial(_generated, options=options)
+        try:
+            before = generated(built)
+            break
+        except Exception as error:
+            why = f"the unfused model does not generate: {type(error).__name__}"
+    else:
+        return why
     values = plain_values(built.model)
-    if not same_bits(_generated(built), before):
+    if not same_bits(generated(built), before):
         return "two generations of the unfused model differ"
     with all_families(built, _renewed(built, expected, values)):
-        found = _generated(built)
+        found = generated(built)
     if not same_bits(found[:1], before[:1]):
         raise Fault("generate: other tokens with `fuse`")
-    _check_close(found, before, expected, _generated, "generate, with `fuse`")
+    _check_close(found, before, expected, generated, "generate, with `fuse`")
     if pair is not None:
         with fused_by_path(built, pair):
-            if not same_bits(_generated(built), before):
+            if not same_bits(generated(built), before):
                 raise Fault(f"generate: other tokens or logits with {pair} fused")
     return "same"
 
 
-def _generated(built: Built) -> list[Any]:
+def _generated(built: Built, options: dict[str, Any]) -> list[Any]:
     model: Any = built.model
     seed()
     with torch.no_grad():
         result = model.generate(
             **{k: v for k, v in built.inputs.items() if not k.startswith("decoder_")},
-            max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, eos_token_id=None,
-            pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return [result]
     return [result.sequences, *flat(getattr(result, "logits", None))]
 
 
-def check_compiled(built: Built, expected: Expected, pair: Pair | None) -> str:
+def check_compiled(
+    built: Built, expected: Expected, pair: Pair | None, with_gradients: bool = False
+) -> str:
     """One graph of the fused model gives what one graph of the unfused model gives.
+
+    Args:
+        pair: one that is fused by path too.
+        with_gradients: whether the gradients are compared too, which takes several times as long.
 
     Raises:
         Fault: the fused model does not compile, or gives something else.
@@ -91,7 +106,8 @@ def check_compiled(built: Built, expected: Expected, pair: Pair | None) -> str:
         before = _compiled(built)
     except Exception as error:
         return f"the unfused model does not compile: {type(error).__name__}"
-    with all_families(built, _renewed(built, expected, values)):
+    renewed = _renewed(built, expected, values)
+    with all_families(built, renewed):
         found = _compiled_on_kernel(built, "with `fuse`")
     _check_close(found, before, expected, _run, "compiled, with `fuse`")
     if pair is not None:
@@ -100,7 +116,33 @@ def check_compiled(built: Built, expected: Expected, pair: Pair | None) -> str:
             if not same_bits(found, before):
                 error = relative_error(found, before)
                 raise Fault(f"compiled: outputs differ by {error:.1e} with {pair} fused")
-    return "same"
+    if not with_gradients or expected.gradients is None:
+        return "same"
+    try:
+        unfused = dataclasses.replace(renewed, gradients=_compiled_gradients(built))
+    except Exception as error:
+        return f"same; with gradients the unfused model does not compile: {type(error).__name__}"
+    unfused.__dict__["exact"] = expected.exact
+    with all_families(built, renewed):
+        gradients = _compiled_gradients(built)
+    check_gradients(gradients, unfused, ANOTHER_KERNEL, "compiled, with `fuse`")
+    if pair is not None:
+        with fused_by_path(built, pair):
+            gradients = _compiled_gradients(built)
+        check_gradients(gradients, unfused, ANOTHER_ORDER, f"compiled, with {pair} fused")
+    return "same, gradients too"
+
+
+def _compiled_gradients(built: Built) -> dict[str, torch.Tensor | None]:
+    """Those of one graph, by the names of the model."""
+    torch.compiler.reset()
+    seed()
+    model: Any = torch.compile(built.model, fullgraph=True, backend="aot_eager")
+    try:
+        _, gradients = gradients_of(model, built.inputs)
+    finally:
+        torch.compiler.reset()
+    return {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
 
 
 def _renewed(built: Built, expected: Expected, values: dict[tuple[str, str], str]) -> Expected:

@@ -1,4 +1,4 @@
-"""The other model classes of an architecture: only the pairs that no class before them had."""
+"""The other model classes of an architecture: `fuse`, and the pairs that no class before had."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from .build import Built, Unbuildable, build
-from .check import check_pairs
+from .check import check_fuse, check_pairs
 from .classes import all_classes_of
 from .compare import NotComparable, expectation, noted
 from .pairs import pairs_of
@@ -50,16 +50,17 @@ def check_others(
 
 
 def _checked(built: Built, seen: set[Any], deadline: float) -> dict[str, Any]:
-    result: dict[str, Any] = {"pairs": [], "of_pairs": 0, "faults": []}
+    result: dict[str, Any] = {"groups": [], "pairs": [], "of_pairs": 0, "faults": []}
     with noted("model", result):
-        now_seen = set(seen)
-        pairs = pairs_of(built, now_seen)
-        if not pairs:
-            return result
         try:
             expected = expectation(built)
         except NotComparable as error:
             return {"error": f"{NOT_COMPARABLE}: {error}", "faults": []}
-        check_pairs(built, expected, pairs, deadline, result)
-        seen |= now_seen
+        with noted("fuse", result):
+            result.update(check_fuse(built, expected))
+        now_seen = set(seen)
+        pairs = pairs_of(built, now_seen)
+        if pairs:
+            check_pairs(built, expected, pairs, deadline, result)
+            seen |= now_seen
     return result

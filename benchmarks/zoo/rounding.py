@@ -14,14 +14,14 @@ LIMIT = 1.1
 # Of its own largest element, by how much a gradient may differ: one summed in another order by
 # some units, one of a family's kernels by float32 rounding through a deep model.
 ANOTHER_ORDER = 100 * torch.finfo(torch.float32).eps
-ANOTHER_KERNEL = 1e-3
+ANOTHER_KERNEL = 2e-5
 NOISE = 10  # How many times its own error against float64 a gradient may differ in any case.
 ALONE = 100  # How many times that of all outputs the error of one may be: by cancellation.
 
 
 def check_gradients(
     found: dict[str, Tensor | None], expected: Expected, within: float, how: str
-) -> None:
+) -> float:
     """Each gradient is what it was, up to rounding; the model must be unfused.
 
     Args:
@@ -30,9 +30,14 @@ def check_gradients(
         within: the share of its own largest element by which a gradient may differ.
         how: the model was fused, for the fault.
 
+    Returns:
+        By how much of its own largest element a gradient differs most, of those that differ by more
+        than the rounding of what was summed.
+
     Raises:
         Fault: a gradient differs by more, is missing, or should not be there.
     """
+    most = 0.0
     backward = expected.backward(any(name.startswith("input ") for name in found))
     theirs = {} if backward is None else backward.gradients
     if list(found) != list(theirs):
@@ -55,8 +60,12 @@ def check_gradients(
         if not same_bits([other[~finite]], [gradient[~finite]]):
             raise Fault(f"the gradient of {name} differs {how} where it is not finite")
         error = float((other - gradient)[finite].abs().max()) if finite.any() else 0.0
-        if not error <= max(within * own, _floor(name, gradient.dtype, largest, expected)):
+        if error <= _floor(name, gradient.dtype, largest, expected):
+            continue
+        if not error <= within * own:
             raise Fault(f"the gradient of {name} differs {how} by {error:.1e} of {own:.1e}")
+        most = max(most, error / own)
+    return most
 
 
 def _largest(gradient: Tensor) -> float:

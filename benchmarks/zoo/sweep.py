@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def sweep(
         seconds: processor time for one architecture, after which no further pair is begun.
         progress: called with each result.
     """
+    if results.exists() and not results.read_bytes().endswith(b"\n"):
+        with results.open("a") as file:  # An earlier sweep was ended while it wrote.
+            file.write("\n")
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in architectures:
         waiting.put(name)
@@ -44,8 +48,9 @@ def sweep(
             result = worker.ask(name, seconds)
             if result.get("memory", LARGE) >= LARGE:
                 worker = worker.end()
-            with lock, results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            with lock:
+                with results.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
                 progress(result)
         if worker is not None:
             worker.end()
@@ -59,8 +64,11 @@ def sweep(
 
 def read(results: Path) -> list[dict[str, Any]]:
     """The results so far, the last one of each architecture."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    found = {row["architecture"]: row for row in map(json.loads, lines)}
+    found: dict[str, dict[str, Any]] = {}
+    for line in results.read_text().splitlines() if results.exists() else []:
+        with suppress(json.JSONDecodeError):  # One that was being written at the end of a sweep.
+            row = json.loads(line)
+            found[row["architecture"]] = row
     return list(found.values())
 
 

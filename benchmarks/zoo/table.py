@@ -13,9 +13,11 @@ from typing import Any
 import transformers
 from common import machine
 
+from .check import general
 from .classes import architectures
 from .discover import share
 from .heads import NOT_COMPARABLE, NOT_REACHED
+from .rounding import ANOTHER_KERNEL
 from .sources import digest
 
 FAMILIES = ("rms_norm_mlp", "patch_embeddings")
@@ -71,18 +73,26 @@ def _markdown(rows: Sequence[Row], name: str) -> str:
         "# Every architecture of transformers\n",
         f"`{command}`, {datetime.date.today():%Y-%m-%d}, transformers {transformers.__version__}, "
         f"{machine()}.\n",
-        "Tiny configs, random weights, float32, eval mode. Each model is listed under its model "
-        "type: one model class whole, and of its other classes the pairs that no class of the type "
-        "before them had. A pair is two modules called one after the other by the same "
-        "module, or a norm-like and an MLP-like child of one parent in either order; blocks that "
-        "are alike count once. Each is fused by path without a kernel and with a kernel that runs "
-        "the members. Outputs have to be the unfused model's to the bit; gradients too, or, with a "
-        "kernel, summed in another order (counted below), which moves them by some units of "
-        "rounding. `fuse` has to give outputs as close to float64 as the unfused model's, where "
-        "the model runs in float64, and gradients within rounding, also those of floating inputs. "
-        "Every run has to draw as many random numbers as the unfused model's. After undoing, "
-        "modules, their plain attributes and state dict have to be what they were.\n",
+        "Tiny configs, random weights, float32, eval mode; half precision, training mode and GPUs "
+        "are with the tests. Each model is listed under its model type: one model class whole, and "
+        "of its other classes `fuse` and the pairs that no class of the type before them had. A "
+        "pair is two modules called one after the other by the same module, or a norm-like and an "
+        "MLP-like child of one parent in either order; blocks that are alike count once. Each is "
+        "fused by path without a kernel and with a kernel that runs the members. Outputs have to "
+        "be the unfused model's to the bit; gradients too, or, with a kernel, summed in another "
+        "order (counted below), which moves them by some units of rounding. `fuse` has to give "
+        "outputs as close to float64 as the unfused model's, where the model runs in float64, and "
+        "gradients, also those of floating inputs, within "
+        f"{ANOTHER_KERNEL:.0e} of their own largest element (the most that was seen is below). "
+        "Every run has to draw as many random numbers as the unfused model's. While fused the "
+        "state dict, and after undoing modules, their plain attributes and state dict have to be "
+        "what they were.\n",
         ON_THE_KERNEL,
+        "An architecture has an RMSNorm before a gated MLP where, in a run, the output of a module "
+        "goes into one other alone, and fed with random numbers the one divides by the root mean "
+        "square and scales each feature, the other computes `down(act(gate(x)) * up(x))`. Experts, "
+        "clamped gates, MLPs with a norm or an adapter inside, and norms whose output has other "
+        "uses are none; what `fuse` looked at and left is listed with its reason.\n",
         _of_other_sources(checked),
         _table(("", ""), _totals(rows, checked)),
         *sections(checked, rest),
@@ -127,6 +137,23 @@ def sections(checked: Sequence[Row], rest: Sequence[Row]) -> list[str]:
             ),
         ]
     parts += [
+        "\n## Left by `fuse`, by reason\n",
+        _left(checked),
+        "\n## Without gradients\n",
+        _table(
+            ("architecture", "why"),
+            [(r["architecture"], r["no_gradients"]) for r in checked if r["no_gradients"]],
+        ),
+        "\n## Other model classes that were not built, not reached or not comparable\n",
+        _table(
+            ("architecture", "class", "error"),
+            [
+                (row["architecture"], other["class"], other["error"])
+                for row in checked
+                for other in row.get("others", ())
+                if "error" in other
+            ],
+        ),
         "\n## By architecture\n",
         _table(
             ("architecture", "class", "classes", "pairs: kernel, in some blocks, members, refused",
@@ -161,6 +188,8 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
         ("model classes checked", len(checked) + own),
         ("of these, other classes for the pairs of their own", own),
         ("other model classes, all of whose pairs had been checked in another", len(reached) - own),
+        ("other model classes run with `fuse`", sum("reference" in other for other in reached)),
+        ("of these, groups on the kernel", sum(map(_on_kernel, reached))),
         ("model classes that were not built", len(others) - len(reached) - late - uneven),
         ("model classes whose results differ each time", uneven),
         ("model classes not reached: time", late),
@@ -170,10 +199,19 @@ def _totals(rows: Sequence[Row], checked: Sequence[Row]) -> list[tuple[str, Any]
         ("pairs with gradients summed in another order", sum("gradients" in p for p in pairs)),
         ("architectures without gradients", sum(bool(r["no_gradients"]) for r in checked)),
         *((f"outputs of `fuse`: {what}", references[name]) for name, what in REFERENCES.items()),
+        (
+            "gradients with `fuse`: largest difference, of its own largest element",
+            f"{max((r.get('gradients', 0.0) for r in (*checked, *reached)), default=0.0):.1e}",
+        ),
+        ("architectures none of whose pairs was tried: time", sum(map(_untried, checked))),
         ("architectures in which a check ran out of memory", sum(map(_ran_out, checked))),
         ("wrong results and untyped errors", sum(len(row["faults"]) for row in checked)),
         ("generate: the same tokens", sum(r.get("generate") == "same" for r in checked)),
-        ("compiled into one graph: the same", sum(r.get("compiled") == "same" for r in checked)),
+        ("compiled into one graph: the same", sum(map(_is_compiled, checked))),
+        (
+            "of these, with gradients too",
+            sum(r.get("compiled") == "same, gradients too" for r in checked),
+        ),
     ]
     for family in FAMILIES:
         key = "norms_before_mlps" if family == "rms_norm_mlp" else "patch_embeddings"
@@ -216,6 +254,34 @@ def _outcome(pair: Row) -> str:
 
 def _has_pairs(row: Row) -> bool:
     return bool(row.get("of_pairs") or row.get("faults"))
+
+
+def _is_compiled(row: Row) -> bool:
+    return str(row.get("compiled")).startswith("same")
+
+
+def _on_kernel(row: Row) -> int:
+    return sum(group["outcome"] == "kernel" for group in row.get("groups", ()))
+
+
+def _untried(row: Row) -> bool:
+    return bool(row["of_pairs"] and not row["pairs"])
+
+
+def _left(rows: Sequence[Row]) -> str:
+    """The groups that families found and did not fuse: how many, in which architectures."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for group in row["groups"]:
+            if group["outcome"] == "skipped":
+                key = group["family"], general(str(group["reason"]))
+                found.setdefault(key, []).append(row["architecture"])
+    lines = [
+        (family, len(names), reason, ", ".join(dict.fromkeys(names)))
+        for (family, reason), names in found.items()
+    ]
+    lines.sort(key=lambda line: -line[1])
+    return _table(("family", "groups", "reason", "architectures"), lines)
 
 
 def _ran_out(row: Row) -> bool:

@@ -15,13 +15,14 @@ import torch
 from . import build, discover, extras, others
 from .check import check
 from .classes import classes_of
-from .compare import NotComparable, expectation, noted
+from .compare import NotComparable, expectation, is_out_of_memory, noted
 from .heads import check_others
 from .reasons import why
 from .sources import digest
 
 MEMORY = 11 << 30  # A model that is larger than it should be must not take the machine down.
-COMPILED = 8  # One architecture in so many is compiled too.
+COMPILED = 8  # One architecture in so many is compiled too,
+DIFFERENTIATED = 32  # and one in so many with its gradients.
 
 
 def examine(architecture: str, seconds: float) -> dict[str, Any]:
@@ -53,11 +54,13 @@ def examine(architecture: str, seconds: float) -> dict[str, Any]:
     result.update(check(built, expected, start + seconds, seen))
     result["norms_before_mlps"] = discover.norms_before_mlps(built)
     result["patch_embeddings"] = discover.patch_embeddings(built)
-    for name, checked in (("generate", extras.check_generate), ("compiled", extras.check_compiled)):
-        if name == "compiled" and not extras.in_sample(architecture, COMPILED):
-            continue
-        with noted(name, result):
-            result[name] = checked(built, expected, _pair_on_kernel(result))
+    pair = _pair_on_kernel(result)
+    with noted("generate", result):
+        result["generate"] = extras.check_generate(built, expected, pair)
+    if extras.in_sample(architecture, COMPILED):
+        with_gradients = extras.in_sample(architecture, DIFFERENTIATED)
+        with noted("compiled", result):
+            result["compiled"] = extras.check_compiled(built, expected, pair, with_gradients)
     if built.part_of is None and "/" not in architecture:
         result["others"] = check_others(architecture, built, seen, start + seconds)
         result["faults"] += [fault for row in result["others"] for fault in row.pop("faults", ())]
@@ -88,6 +91,8 @@ def main() -> None:
         except Exception as error:
             said = f"{type(error).__name__}: {str(error)[:300]}"
             result = {"architecture": architecture, "status": "crashed", "error": said}
+            if is_out_of_memory(error):
+                result["why"] = f"needs more than the {MEMORY >> 30} GiB of memory that it may take"
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         answers.write(json.dumps(result) + "\n")
         answers.flush()

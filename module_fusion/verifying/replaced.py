@@ -8,7 +8,7 @@ from torch import nn
 
 from ..inventory import Found, chains_in, members_of, modules_in, strays_in
 from ..modules import ModuleState, expected_class, state_of
-from ..plain import original_of, shown_name
+from ..originals import original_of, shown_name
 
 _PART = (
     "{!r} is outside the module given to verify, and is fused with {!r}, which is in it. Give the "

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..chain import Chain
 from ..inventory import Found, members_of
-from ..plain import ORIGINAL, original_of
-from ..spec import External
+from ..originals import ORIGINAL, original_of
+from ..spec import External, Wire
 from .structures import leaves, same_bits, snapshot, strides_of
 
 UNKNOWN = object()
@@ -186,6 +186,7 @@ def following(found: Sequence[Found], calls: Sequence[Call]) -> Iterator[None]:
                 hook = follower.note_inputs_of(index)
                 handle = member.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+                stack.callback(member.register_forward_hook(follower.note_output_of(index)).remove)
             stack.callback(item.last.register_forward_hook(follower.replace).remove)
         yield
 
@@ -195,8 +196,11 @@ class _Follower:
 
     def __init__(self, found: Found, queue: deque[Call]) -> None:
         self.plan = found.chain.plan
+        self.roles = found.chain.roles
         self.queue = queue
         self.inputs: list[Any] = [None] * self.plan.inputs
+        self.outputs: dict[int, Any] = {}
+        self.changed: str | None = None
 
     def note_inputs_of(self, index: int) -> Any:
         wiring = self.plan.members[index]
@@ -208,8 +212,26 @@ class _Follower:
             for value, source in zip(values, wiring.sources, strict=True):
                 if isinstance(source, External):
                     self.inputs[source.position] = snapshot(value)
+                elif isinstance(source, Wire) and not self._is_output(source, value):
+                    self.changed = (
+                        f"the code around {self.roles[index]!r} gives it something else than the "
+                        f"output of {self.roles[source.member]!r}, and the kernel does not know"
+                    )
 
         return hook
+
+    def note_output_of(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.outputs[index] = snapshot(output)
+
+        return hook
+
+    def _is_output(self, wire: Wire, value: Any) -> bool:
+        """Whether a member is given what another returned in the same run."""
+        output = self.outputs.get(wire.member)
+        if isinstance(output, (tuple, list)):
+            output = output[wire.output]
+        return equal(output, value)
 
     def replace(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.queue:
@@ -222,7 +244,9 @@ class _Follower:
                 )
             return output
         call.theirs = snapshot(output)
-        if not equal(call.inputs, self.inputs):
+        if self.changed is not None:
+            call.problem, self.changed = self.changed, None
+        elif not equal(call.inputs, self.inputs):
             call.problem = "the kernel was given other inputs than the modules are"
         return snapshot(call.output)
 
