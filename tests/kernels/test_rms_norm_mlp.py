@@ -126,6 +126,76 @@ def test_many_values_leave_nothing_to_luck(
     assert_gradients(seat, x, dy, seat)
 
 
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN: what no program writes must not be what a member left there."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        real = getattr(owner, name)
+
+        def poisoned(*arguments: Any, real: Any = real, **options: Any) -> Tensor:
+            values: Tensor = real(*arguments, **options)
+            return values.fill_(torch.nan) if values.is_floating_point() else values
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def assert_sizes(hidden: int, intermediate: int, tokens: int, dtype: Any, device: str) -> None:
+    """Output and gradients of members of these sizes."""
+    torch.manual_seed(0)
+    seat = Seat(*members(hidden, intermediate, dtype, device))
+    x, dy = torch.randn(2, tokens, hidden).to(device, dtype)
+    assert_forward(seat, x)
+    assert_gradients(seat, x, dy, seat)
+
+
+# In the interpreter steps are of 256, along intermediate of 512 for one token; the activation
+# takes 2048 values of a row at a time, and 1024 backward. A GPU's longer ones are below.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tokens"), [(387, 601, 1), (387, 601, 16), (131, 2113, 17)]
+)
+@pytest.mark.usefixtures("_poisoned")
+def test_odd_sizes_beyond_one_tile(
+    device: str, dtype: torch.dtype, hidden: int, intermediate: int, tokens: int
+) -> None:
+    assert_sizes(hidden, intermediate, tokens, dtype, device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.usefixtures("_poisoned")
+def test_odd_sizes_as_large_as_those_of_models(dtype: torch.dtype, tokens: int) -> None:
+    """Steps along hidden and intermediate are of at most 1024."""
+    assert_sizes(4097, 11009, tokens, dtype, "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("_poisoned")
+def test_the_gradients_of_the_norm_of_more_rows_than_programs(
+    device: str, dtype: torch.dtype
+) -> None:
+    if not can_run_triton(torch.device(device, 0 if device == "cuda" else None)):
+        pytest.skip("no Triton on this device here")
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 387, 67).to(device, dtype)
+    weight = torch.randn(67).to(device, dtype)
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        x, weight, dy = (tensor.detach().requires_grad_() for tensor in tensors)
+        return torch.autograd.grad(reference.rms_norm(x, weight, 1e-5, "early"), (x, weight), dy)
+
+    rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-5)
+    options = reference.Options(1e-5, "early", "silu")
+    ours = _ops.triton_backward._rms_norm_gradients(dy, x, rstd, weight, options, True, True)
+    theirs = gradients(x, weight, dy)
+    truth = gradients(x.double(), weight.double(), dy.double())
+    for name, *values in zip(("x", "norm"), ours, theirs, truth, strict=True):
+        assert_as_exact(name, *values, x.numel())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("merged", [False, True])
