@@ -522,6 +522,51 @@ def test_the_norm_has_the_bits_of_the_formula(device: str, norm: str, dtype: tor
     assert (ours == theirs).float().mean() > 0.99 or dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", sorted(HIDDEN_ACTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gated_step_has_the_bits_of_the_modules(
+    device: str, activation: str, dtype: torch.dtype
+) -> None:
+    if not can_run_triton(torch.device(device, 0 if device == "cuda" else None)):
+        pytest.skip("no Triton on this device here")
+    torch.manual_seed(0)
+    gate, up, dy = torch.randn(3, 8, 1536).to(device, dtype)
+    options = reference.Options(0.0, "late", activation)
+    ours = (
+        _ops.triton_forward.gated(gate, up, activation),
+        *_ops.triton_backward._gated_gradients(dy, gate, up, options, merged=False),
+    )
+    gate.requires_grad_()
+    up.requires_grad_()
+    product = reference.activate(gate, activation) * up
+    theirs = (product, product, *torch.autograd.grad(product, (gate, up), dy))
+    for name, mine, other in zip(("gated", "again", "dgate", "dup"), ours, theirs, strict=True):
+        # Another formula of the activation changes a few values; another rounding point many.
+        assert (mine == other).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_exact_leave_the_bits_of_the_members(
+    device: str, tokens: int, norm: str, dtype: torch.dtype
+) -> None:
+    """Gate and up sum two values each, which float32 holds exactly and half precision does not."""
+    torch.manual_seed(0)
+    seat = Seat(*members(128, 128, dtype, device, norm=norm))
+    one = torch.eye(128)
+    gate, up, down = one + one.roll(1, 0) / 16, one.roll(2, 0) - one.roll(3, 0) / 16, one
+    with torch.no_grad():
+        for weight, values in zip(seat.weights()[1:4], (gate, up, down), strict=True):
+            assert weight is not None
+            weight.copy_(values)
+        x = torch.randn(tokens, 128).to(device, dtype)
+        ours, theirs = seat(x), seat.mlp(seat.norm(x))
+    assert (ours == theirs).float().mean() > 0.99
+
+
 POINTERS = ("x", "dy", "y", "w", "norm", "gate", "up", "down", "bias", "rstd", "dx", "dw",
             "product", "dproduct", "dgate", "dup", "gate_bias", "up_bias")  # fmt: skip
 
