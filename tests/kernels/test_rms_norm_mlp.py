@@ -62,6 +62,7 @@ variants = st.fixed_dictionaries(
 # The interpreter computes with NumPy, which says so where a value becomes inf.
 numpy_may_overflow = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 layouts = st.sampled_from(["contiguous", "transposed", "expanded", "every other"])
+magnitudes = st.sampled_from([1e-4, 1.0, 100.0])
 
 
 def in_layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Tensor:
@@ -79,8 +80,7 @@ def in_layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: s
 @EXAMPLES
 @given(
     hidden=sizes, intermediate=intermediates, batch=batches, dtype=st.sampled_from(DTYPES),
-    layout=layouts, size=st.sampled_from([1e-4, 1.0, 100.0]), seed=st.integers(0, 99),
-    options=variants,
+    layout=layouts, size=magnitudes, seed=st.integers(0, 99), options=variants,
 )  # fmt: skip
 def test_the_output_is_as_exact_as_that_of_the_members(
     device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
@@ -97,17 +97,17 @@ def test_the_output_is_as_exact_as_that_of_the_members(
 @given(
     # In rows of one or two values the gradient of x is what a cancellation leaves.
     hidden=sizes.filter(lambda size: size > 2), intermediate=intermediates, batch=batches,
-    dtype=st.sampled_from(DTYPES), layout=layouts, dy_layout=layouts, seed=st.integers(0, 99),
-    options=variants,
+    dtype=st.sampled_from(DTYPES), layout=layouts, dy_layout=layouts, size=magnitudes,
+    dy_size=magnitudes, seed=st.integers(0, 99), options=variants,
 )  # fmt: skip
 def test_the_gradients_are_as_exact_as_those_of_the_members(
     device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
-    layout: str, dy_layout: str, seed: int, options: dict[str, Any],
+    layout: str, dy_layout: str, size: float, dy_size: float, seed: int, options: dict[str, Any],
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     seat = Seat(*members(hidden, intermediate, dtype, device, **options))
-    x = in_layout((*batch, hidden), layout, dtype, device)
-    dy = in_layout((*batch, hidden), dy_layout, dtype, device)
+    x = in_layout((*batch, hidden), layout, dtype, device) * size
+    dy = in_layout((*batch, hidden), dy_layout, dtype, device) * dy_size
     assert_gradients(seat, x, dy, seat)
 
 
