@@ -62,6 +62,7 @@ variants = st.fixed_dictionaries(
 # The interpreter computes with NumPy, which says so where a value becomes inf.
 numpy_may_overflow = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 layouts = st.sampled_from(["contiguous", "transposed", "expanded", "every other"])
+magnitudes = st.sampled_from([1e-4, 1.0, 100.0])
 
 
 def in_layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Tensor:
@@ -79,8 +80,7 @@ def in_layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: s
 @EXAMPLES
 @given(
     hidden=sizes, intermediate=intermediates, batch=batches, dtype=st.sampled_from(DTYPES),
-    layout=layouts, size=st.sampled_from([1e-4, 1.0, 100.0]), seed=st.integers(0, 99),
-    options=variants,
+    layout=layouts, size=magnitudes, seed=st.integers(0, 99), options=variants,
 )  # fmt: skip
 def test_the_output_is_as_exact_as_that_of_the_members(
     device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
@@ -97,17 +97,17 @@ def test_the_output_is_as_exact_as_that_of_the_members(
 @given(
     # In rows of one or two values the gradient of x is what a cancellation leaves.
     hidden=sizes.filter(lambda size: size > 2), intermediate=intermediates, batch=batches,
-    dtype=st.sampled_from(DTYPES), layout=layouts, dy_layout=layouts, seed=st.integers(0, 99),
-    options=variants,
+    dtype=st.sampled_from(DTYPES), layout=layouts, dy_layout=layouts, size=magnitudes,
+    dy_size=magnitudes, seed=st.integers(0, 99), options=variants,
 )  # fmt: skip
 def test_the_gradients_are_as_exact_as_those_of_the_members(
     device: str, hidden: int, intermediate: int, batch: tuple[int, ...], dtype: torch.dtype,
-    layout: str, dy_layout: str, seed: int, options: dict[str, Any],
+    layout: str, dy_layout: str, size: float, dy_size: float, seed: int, options: dict[str, Any],
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     seat = Seat(*members(hidden, intermediate, dtype, device, **options))
-    x = in_layout((*batch, hidden), layout, dtype, device)
-    dy = in_layout((*batch, hidden), dy_layout, dtype, device)
+    x = in_layout((*batch, hidden), layout, dtype, device) * size
+    dy = in_layout((*batch, hidden), dy_layout, dtype, device) * dy_size
     assert_gradients(seat, x, dy, seat)
 
 
@@ -124,6 +124,76 @@ def test_many_values_leave_nothing_to_luck(
     assert_forward(seat, x)
     assert_forward(seat, x[:1, :16])
     assert_gradients(seat, x, dy, seat)
+
+
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN: what no program writes must not be what a member left there."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        real = getattr(owner, name)
+
+        def poisoned(*arguments: Any, real: Any = real, **options: Any) -> Tensor:
+            values: Tensor = real(*arguments, **options)
+            return values.fill_(torch.nan) if values.is_floating_point() else values
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def assert_sizes(hidden: int, intermediate: int, tokens: int, dtype: Any, device: str) -> None:
+    """Output and gradients of members of these sizes."""
+    torch.manual_seed(0)
+    seat = Seat(*members(hidden, intermediate, dtype, device))
+    x, dy = torch.randn(2, tokens, hidden).to(device, dtype)
+    assert_forward(seat, x)
+    assert_gradients(seat, x, dy, seat)
+
+
+# In the interpreter steps are of 256, along intermediate of 512 for one token; the activation
+# takes 2048 values of a row at a time, and 1024 backward. A GPU's longer ones are below.
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tokens"), [(387, 601, 1), (387, 601, 16), (131, 2113, 17)]
+)
+@pytest.mark.usefixtures("_poisoned")
+def test_odd_sizes_beyond_one_tile(
+    device: str, dtype: torch.dtype, hidden: int, intermediate: int, tokens: int
+) -> None:
+    assert_sizes(hidden, intermediate, tokens, dtype, device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+@pytest.mark.usefixtures("_poisoned")
+def test_odd_sizes_as_large_as_those_of_models(dtype: torch.dtype, tokens: int) -> None:
+    """Steps along hidden and intermediate are of at most 1024."""
+    assert_sizes(4097, 11009, tokens, dtype, "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("_poisoned")
+def test_the_gradients_of_the_norm_of_more_rows_than_programs(
+    device: str, dtype: torch.dtype
+) -> None:
+    if not can_run_triton(torch.device(device, 0 if device == "cuda" else None)):
+        pytest.skip("no Triton on this device here")
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 387, 67).to(device, dtype)
+    weight = torch.randn(67).to(device, dtype)
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        x, weight, dy = (tensor.detach().requires_grad_() for tensor in tensors)
+        return torch.autograd.grad(reference.rms_norm(x, weight, 1e-5, "early"), (x, weight), dy)
+
+    rstd = torch.rsqrt(x.float().square().mean(-1) + 1e-5)
+    options = reference.Options(1e-5, "early", "silu")
+    ours = _ops.triton_backward._rms_norm_gradients(dy, x, rstd, weight, options, True, True)
+    theirs = gradients(x, weight, dy)
+    truth = gradients(x.double(), weight.double(), dy.double())
+    for name, *values in zip(("x", "norm"), ours, theirs, truth, strict=True):
+        assert_as_exact(name, *values, x.numel())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -450,6 +520,51 @@ def test_the_norm_has_the_bits_of_the_formula(device: str, norm: str, dtype: tor
     assert_as_exact(norm, ours, theirs, truth, ours.numel())
     # The order of a sum changes the rounding of a few values; another rounding point of many.
     assert (ours == theirs).float().mean() > 0.99 or dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", sorted(HIDDEN_ACTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gated_step_has_the_bits_of_the_modules(
+    device: str, activation: str, dtype: torch.dtype
+) -> None:
+    if not can_run_triton(torch.device(device, 0 if device == "cuda" else None)):
+        pytest.skip("no Triton on this device here")
+    torch.manual_seed(0)
+    gate, up, dy = torch.randn(3, 8, 1536).to(device, dtype)
+    options = reference.Options(0.0, "late", activation)
+    ours = (
+        _ops.triton_forward.gated(gate, up, activation),
+        *_ops.triton_backward._gated_gradients(dy, gate, up, options, merged=False),
+    )
+    gate.requires_grad_()
+    up.requires_grad_()
+    product = reference.activate(gate, activation) * up
+    theirs = (product, product, *torch.autograd.grad(product, (gate, up), dy))
+    for name, mine, other in zip(("gated", "again", "dgate", "dup"), ours, theirs, strict=True):
+        # Another formula of the activation changes a few values; another rounding point many.
+        assert (mine == other).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_exact_leave_the_bits_of_the_members(
+    device: str, tokens: int, norm: str, dtype: torch.dtype
+) -> None:
+    """Gate and up sum two values each, which float32 holds exactly and half precision does not."""
+    torch.manual_seed(0)
+    seat = Seat(*members(128, 128, dtype, device, norm=norm))
+    one = torch.eye(128)
+    gate, up, down = one + one.roll(1, 0) / 16, one.roll(2, 0) - one.roll(3, 0) / 16, one
+    with torch.no_grad():
+        for weight, values in zip(seat.weights()[1:4], (gate, up, down), strict=True):
+            assert weight is not None
+            weight.copy_(values)
+        x = torch.randn(tokens, 128).to(device, dtype)
+        ours, theirs = seat(x), seat.mlp(seat.norm(x))
+    assert (ours == theirs).float().mean() > 0.99
 
 
 POINTERS = ("x", "dy", "y", "w", "norm", "gate", "up", "down", "bias", "rstd", "dx", "dw",
