@@ -887,3 +887,38 @@ def test_a_chain_of_the_family_in_another_chain_already_is_skipped_with_the_reas
     result = fuse(llama, {"rms_norm_mlp": True})
     assert [group.action for group in result.groups] == ["fused", "skipped"]
     assert "belongs to another chain" in str(result.skipped[0].reason)
+
+
+class Weightless(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize(
+    ("make", "outcome"),
+    [
+        (lambda: Weightless(1e-6), ("fused", None)),
+        (
+            lambda: nn.LayerNorm(8, elementwise_affine=False),
+            ("skipped", "LayerNorm computes something else than an RMSNorm"),
+        ),
+        (lambda: nn.Dropout(0.0), None),
+    ],
+)
+def test_a_norm_without_a_weight_is_found_by_its_epsilon(
+    make: Callable[[], nn.Module], outcome: tuple[str, str | None] | None, device: str
+) -> None:
+    model = nn.Sequential(Block()).to(device)
+    model[0].norm = make()
+    x = torch.randn(4, 8, device=device)
+    expected = model(x)
+    found = fuse(model, {"rms_norm_mlp": True}).groups
+    torch.testing.assert_close(model(x), expected)
+    assert [(group.action, group.reason) for group in found] == ([outcome] if outcome else [])
+    assert [group.kernel_calls for group in report(model).groups] == [1] * bool(
+        outcome and outcome[0] == "fused"
+    )

@@ -77,7 +77,8 @@ class Certificate:
         return (
             f"the kernel is less accurate than the modules: relative error "
             f"{self.kernel_error:.2e} of the {self.what} against float64, theirs is "
-            f"{self.member_error:.2e}, and {LIMIT} times that is allowed"
+            f"{self.member_error:.2e}, and {self.allowed:.2e} is allowed: {LIMIT} times that, or a "
+            f"few units in the last place"
         )
 
 

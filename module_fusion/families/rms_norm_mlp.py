@@ -15,6 +15,7 @@ from .family import FusionFamily, register_family
 
 _SCALES = (1.0, 30.0, 1e-3, 3e3)
 _TOKENS = 16
+_LARGEST_EPS = 1e-2  # What keeps a norm from a division by zero is no larger.
 _LEADING: list[tuple[int, ...]]
 _LEADING = [(), (8, 9), (2, 3, 4), (1,), (1, 1), (1, 5), (2, 1)]
 
@@ -76,9 +77,13 @@ class RMSNormMLPFamily(FusionFamily):
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Something with one vector of weights, or two, and nothing in it."""
+    """Something with one vector of weights, or two, or with an epsilon, and nothing in it."""
+    if module._modules:
+        return False
+    if next(module.parameters(), None) is None:
+        return any(type(v) is float and 0 < v < _LARGEST_EPS for v in vars(module).values())
     dimensions = _dimensions(module)
-    return not module._modules and 0 < len(dimensions) <= 2 and set(dimensions) == {1}
+    return 0 < len(dimensions) <= 2 and set(dimensions) == {1}
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -192,10 +192,11 @@ class Tally:
         found_in_place = problem is not None and self.is_local
         over = ours > max(LIMIT * theirs, self.floor)
         if over and not found_in_place and self._is_sure():
+            allowed = max(LIMIT * theirs, self.floor)
             problem = (
                 f"the kernel is less accurate than the modules: relative error {ours:.2e} of the "
-                f"{self.name} against float64, theirs is {theirs:.2e}, and {LIMIT} times that is "
-                f"allowed"
+                f"{self.name} against float64, theirs is {theirs:.2e}, and {allowed:.2e} is "
+                f"allowed: {LIMIT} times that, or a few units in the last place"
             )
         return Judgement(ours, theirs, problem)
 
