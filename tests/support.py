@@ -11,6 +11,7 @@ from kernels import use_kernel_mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from module_fusion.inventory import chains_in
 from module_fusion.seat import FusedKernel
 
 
@@ -91,6 +92,11 @@ RUNS: dict[type[nn.Module], list[int]] = {}
 def runs(layer: type[nn.Module]) -> int:
     """How often a kernel made by `members_kernel` ran in eager mode."""
     return RUNS[layer][0]
+
+
+def functions_in_seats(model: nn.Module) -> set[Any]:
+    """What is in the seats of all chains, None for an empty one."""
+    return {found.chain.seat.kernel for found in chains_in(model)}  # type: ignore[union-attr]
 
 
 def computed_in(graph: torch.fx.GraphModule, members: Collection[str]) -> set[str]:
