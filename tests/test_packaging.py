@@ -532,9 +532,17 @@ def check_the_kernel_ran(
         traced = Traced()
         compiled = torch.compile(model, fullgraph=True, backend=traced)
         assert_close(result_of(model, compiled, x), expected)
-        assert f'File "{root}' in traced.origins()
+        origins = traced.origins()
+        assert f'File "{root}' in origins
         (graph,) = traced.graphs
         assert computed_in(graph, members_of(model, case).keys()) == set()
+        # Nor by a kernel that has no call of a member: the class of the last one has no other
+        # modules in these models.
+        codes = {type(found.last).forward.__code__ for found in chains_in(model)}
+        for code in codes:
+            first, last = code.co_firstlineno, max(line for *_, line in code.co_lines() if line)
+            for line in range(first, last + 1):
+                assert f'File "{code.co_filename}", line {line}, ' not in origins
 
 
 def test_members_are_seen_in_the_graph_of_an_unfused_model(case: Case) -> None:
