@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from kernels import use_kernel_mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from module_fusion.inventory import chains_in
+from module_fusion.seat import FusedKernel
 
 
 class InMemoryRepository:
@@ -89,6 +92,29 @@ RUNS: dict[type[nn.Module], list[int]] = {}
 def runs(layer: type[nn.Module]) -> int:
     """How often a kernel made by `members_kernel` ran in eager mode."""
     return RUNS[layer][0]
+
+
+def functions_in_seats(model: nn.Module) -> set[Any]:
+    """What is in the seats of all chains, None for an empty one."""
+    return {found.chain.seat.kernel for found in chains_in(model)}  # type: ignore[union-attr]
+
+
+def computed_in(graph: torch.fx.GraphModule, members: Collection[str]) -> set[str]:
+    """In which members a graph computes something, other than in the seat of their kernel.
+
+    What a call does to be captured is no computation: it asks for the context, and copies inputs.
+    """
+    captures = {"clone", "_are_functorch_transforms_active"}
+    found: set[str] = set()
+    for node in graph.graph.nodes:
+        frames = list(node.meta.get("nn_module_stack", {}).values())
+        name = getattr(node.target, "__name__", node.target)
+        if node.op in ("placeholder", "get_attr", "output") or name in captures or not frames:
+            continue
+        # What a kernel calls would be inside of its seat.
+        if not issubclass(frames[-1][1], FusedKernel):
+            found.update(path.removeprefix("L['self'].") for path, _ in frames)
+    return found.intersection(members)
 
 
 class Norm(nn.Module):

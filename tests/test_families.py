@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from kernels import use_kernel_mapping
+from kernels import Mode, use_kernel_mapping
 from structure import structure
 from support import (
     Block,
@@ -19,6 +19,7 @@ from support import (
     Model,
     Norm,
     WeightKernel,
+    functions_in_seats,
     mapped,
     members_kernel,
 )
@@ -404,6 +405,20 @@ def test_a_wrong_argument_is_a_typed_error_and_the_model_untouched(
     with pytest.raises(error, match=re.escape(message)):
         fuse(llama, families)
     assert structure(llama) == before
+
+
+@pytest.mark.parametrize("of_family", [Mode.INFERENCE, Mode.TRAINING, None])
+@pytest.mark.parametrize("of_call", [Mode.INFERENCE, Mode.TRAINING])
+def test_the_mode_of_a_family_comes_before_that_of_the_call(
+    llama: nn.Module, device: str, of_family: Mode | None, of_call: Mode
+) -> None:
+    layers = {mode: members_kernel(1) for mode in (Mode.INFERENCE, Mode.TRAINING)}
+    repositories = {mode: InMemoryRepository(layer) for mode, layer in layers.items()}
+    options = True if of_family is None else {"mode": of_family}
+    with use_kernel_mapping({"RMSNormMLP": {device: repositories}}):
+        result = fuse(llama, {"rms_norm_mlp": options}, mode=of_call)
+    assert len(result.fused) == 2, result
+    assert functions_in_seats(llama) == {layers[of_family or of_call].forward}
 
 
 def test_an_error_in_the_second_family_takes_the_first_one_back(llama: nn.Module) -> None:

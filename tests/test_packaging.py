@@ -28,10 +28,10 @@ import transformers as hf
 from huggingface_hub import HfApi
 from kernels import LocalLayerRepository, Mode
 from kernels._rust import KernelName, Metadata
-from support import mapped, members_kernel, runs
+from support import computed_in, functions_in_seats, mapped, members_kernel, runs
 from torch import Tensor, nn
 
-from module_fusion import fuse_modules, report
+from module_fusion import from_pretrained, fuse, fuse_modules, report
 from module_fusion.inventory import chains_in
 from module_fusion.kernels.rms_norm_mlp.layers import RMSNormMLP
 
@@ -454,10 +454,21 @@ def member_runs(model: nn.Module, case: Case) -> Iterator[set[str]]:
         sys.setprofile(None)
 
 
-def mapping_of(case: Case, built: Path, variant: str = "") -> dict[str, Any]:
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="needs a GPU to load torch-cuda for"
+        ),
+    ),
+]
+
+
+def mapping_of(case: Case, built: Path, device: str, variant: str = "") -> dict[str, Any]:
     path = built / case.repository / (f"build/{variant}" if variant else "")
     repository = LocalLayerRepository(repo_path=path, layer_name=case.kernel)
-    return {case.kernel: {"cpu": repository}}
+    return {case.kernel: {device: repository}}
 
 
 def files_of_kernels(model: nn.Module) -> set[str]:
@@ -471,11 +482,16 @@ class Traced:
     """A backend for torch.compile that keeps what was traced."""
 
     def __init__(self) -> None:
-        self.origins = ""
+        self.graphs: list[torch.fx.GraphModule] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        self.origins += "".join(node.meta.get("stack_trace") or "" for node in graph.graph.nodes)
+        self.graphs.append(graph)
         return graph.forward
+
+    def origins(self) -> str:
+        """Lines of code, by file, that something in the graphs comes from."""
+        nodes = [node for graph in self.graphs for node in graph.graph.nodes]
+        return "".join(node.meta.get("stack_trace") or "" for node in nodes)
 
 
 def result_of(model: nn.Module, call: Callable[..., Any], x: Tensor) -> list[Tensor]:
@@ -489,15 +505,25 @@ def result_of(model: nn.Module, call: Callable[..., Any], x: Tensor) -> list[Ten
     return [output, *(gradient for gradient in gradients if gradient is not None)]
 
 
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """The same values; on a GPU the kernels sum in another order than the members' products."""
+    assert len(found) == len(expected)
+    for value, wanted in zip(found, expected, strict=True):
+        if wanted.is_cuda:
+            assert (value - wanted).abs().max() <= 1e-4 * max(t.abs().max() for t in expected)
+        else:
+            torch.testing.assert_close(value, wanted)
+
+
 def check_the_kernel_ran(
-    case: Case, model: nn.Module, mode: Mode, expected: list[Tensor], root: Path
+    case: Case, model: nn.Module, mode: Mode, expected: list[Tensor], root: Path, device: str
 ) -> None:
     """Same results, from the kernel in `root` alone, in eager mode and compiled."""
-    x = case.inputs()
+    x = case.inputs().to(device)
     assert {Path(file).is_relative_to(root) for file in files_of_kernels(model)} == {True}
     before = [group.kernel_calls for group in report(model).fused]
     with member_runs(model, case) as ran:
-        torch.testing.assert_close(result_of(model, model, x), expected)
+        assert_close(result_of(model, model, x), expected)
     assert ran == set()
     groups = report(model).fused
     assert [group.kernel_calls for group in groups] == [calls + 1 for calls in before]
@@ -505,36 +531,53 @@ def check_the_kernel_ran(
     if Mode.TORCH_COMPILE in mode:
         traced = Traced()
         compiled = torch.compile(model, fullgraph=True, backend=traced)
-        torch.testing.assert_close(result_of(model, compiled, x), expected)
-        assert f'File "{root}' in traced.origins
-        # The class of the last member has no other modules in these models.
+        assert_close(result_of(model, compiled, x), expected)
+        origins = traced.origins()
+        assert f'File "{root}' in origins
+        (graph,) = traced.graphs
+        assert computed_in(graph, members_of(model, case).keys()) == set()
+        # Nor by a kernel that has no call of a member: the class of the last one has no other
+        # modules in these models.
         codes = {type(found.last).forward.__code__ for found in chains_in(model)}
         for code in codes:
             first, last = code.co_firstlineno, max(line for *_, line in code.co_lines() if line)
             for line in range(first, last + 1):
-                assert f'File "{code.co_filename}", line {line}, ' not in traced.origins
+                assert f'File "{code.co_filename}", line {line}, ' not in origins
 
 
+def test_members_are_seen_in_the_graph_of_an_unfused_model(case: Case) -> None:
+    """What `check_the_kernel_ran` looks for."""
+    model, traced = case.model().eval(), Traced()
+    result_of(model, torch.compile(model, fullgraph=True, backend=traced), case.inputs())
+    (graph,) = traced.graphs
+    assert computed_in(graph, members_of(model, case).keys()) == set(members_of(model, case))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("by_hand", [False, True], ids=["fuse_modules", "kernelize"])
+@pytest.mark.parametrize("way", ["fuse", "fuse_modules", "kernelize"])
 def test_a_built_kernel_runs_in_every_mode(
-    case: Case, built: Path, mode: Mode, by_hand: bool
+    case: Case, built: Path, mode: Mode, way: str, device: str
 ) -> None:
     torch.manual_seed(0)
-    model = case.model().train(Mode.TRAINING in mode)
+    model = case.model().train(Mode.TRAINING in mode).to(device)
     with member_runs(model, case) as ran:
-        expected = result_of(model, model, case.inputs())
+        expected = result_of(model, model, case.inputs().to(device))
     assert ran == set(members_of(model, case))
     root = built / case.repository / "build"
-    if by_hand:
+    if device == "cuda":
+        root /= "torch-cuda"
+    if way == "kernelize":
         fuse_modules(model, case.modules, kernel=case.kernel)
         assert not any(Path(file).is_relative_to(root) for file in files_of_kernels(model))
-    with kernels.use_kernel_mapping(mapping_of(case, built)):
-        if by_hand:
-            kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
-        else:
+    with kernels.use_kernel_mapping(mapping_of(case, built, device)):
+        if way == "kernelize":
+            kernels.kernelize(model, mode=mode, device=device, use_fallback=False)
+        elif way == "fuse_modules":
             fuse_modules(model, case.modules, kernel=case.kernel, mode=mode, use_fallback=False)
-    check_the_kernel_ran(case, model, mode, expected, root)
+        else:
+            fuse(model, mode=mode)
+    check_the_kernel_ran(case, model, mode, expected, root, device)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -543,10 +586,10 @@ def test_every_variant_takes_tensors_of_the_cpu(case: Case, built: Path, variant
     torch.manual_seed(0)
     model, mode = case.model().eval(), Mode.INFERENCE | Mode.TORCH_COMPILE
     expected = result_of(model, model, case.inputs())
-    with kernels.use_kernel_mapping(mapping_of(case, built, variant)):
+    with kernels.use_kernel_mapping(mapping_of(case, built, "cpu", variant)):
         fuse_modules(model, case.modules, kernel=case.kernel, mode=mode, use_fallback=False)
     root = built / case.repository / "build" / variant
-    check_the_kernel_ran(case, model, mode, expected, root)
+    check_the_kernel_ran(case, model, mode, expected, root, "cpu")
 
 
 # Which kernel a model gets.
@@ -555,10 +598,6 @@ def test_every_variant_takes_tensors_of_the_cpu(case: Case, built: Path, variant
 def tiny_llama() -> nn.Module:
     torch.manual_seed(0)
     return CASES["llama"].model().eval()
-
-
-def functions_in_seats(model: nn.Module) -> set[Any]:
-    return {found.chain.seat.kernel for found in chains_in(model)}  # type: ignore[union-attr]
 
 
 def test_without_a_mapping_the_built_in_kernel_is_used() -> None:
@@ -577,6 +616,49 @@ def test_a_mapping_of_the_user_comes_first() -> None:
     assert functions_in_seats(model) == {layer.forward}
     model(tokens())
     assert runs(layer) == 2
+
+
+def test_a_repository_of_the_hub_in_the_mapping_of_the_user_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, layer = tiny_llama(), members_kernel(1)
+    loaded: list[kernels.LayerRepository] = []
+
+    def load(self: kernels.LayerRepository) -> type[nn.Module]:
+        loaded.append(self)
+        return layer
+
+    monkeypatch.setattr(kernels.LayerRepository, "load", load)
+    mine = kernels.LayerRepository("me/my-kernel", layer_name="Mine", revision="main")
+    with kernels.use_kernel_mapping({"RMSNormMLP": {"cpu": mine}}):
+        assert len(fuse(model).fused) == 2
+    assert set(loaded) == {mine}
+    assert functions_in_seats(model) == {layer.forward}
+    # Without it, the next model has the built-in one again.
+    other = tiny_llama()
+    fuse(other)
+    assert functions_in_seats(other) == {RMSNormMLP.forward}
+
+
+def test_fuse_downloads_nothing(case: Case, downloads: list[str]) -> None:
+    model = case.model().eval()
+    result = fuse(model)
+    assert {group.kernel for group in result.fused} == {case.kernel}
+    model(case.inputs())
+    assert downloads == []
+
+
+def test_loading_a_checkpoint_of_this_machine_downloads_nothing(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    model = from_pretrained(hf.LlamaForCausalLM, tmp_path, fusion_config=True)
+    assert functions_in_seats(model) == {RMSNormMLP.forward}
+    # What is fused is in the config from then on.
+    model.save_pretrained(tmp_path / "fused")
+    again = from_pretrained(hf.LlamaForCausalLM, tmp_path / "fused")
+    assert functions_in_seats(again) == {RMSNormMLP.forward}
+    assert downloads == []
 
 
 def test_a_mapping_for_other_names_or_devices_leaves_the_built_in_kernel() -> None:
