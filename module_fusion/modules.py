@@ -459,7 +459,9 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
         state: ModuleState | None = getattr(self, "_fusion", None)
         own: Any = known
         if not is_function or original.forward is not known:  # Anyone may have replaced it.
-            own = bound
+            # torch.compile does not trace how that binds itself.
+            traced = is_function and torch.compiler.is_dynamo_compiling()
+            own = original.forward if traced else bound
         if state is None or torch.compiler.is_dynamo_compiling():
             output = own(self, *args, **kwargs)
             return output if type(output) is Tensor else materialise(output)
