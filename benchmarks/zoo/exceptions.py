@@ -86,12 +86,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_EXPERTS, "first_k_dense_replace": 1},
     "deimv2": _HGNET_DETR,
     "depth_pro": {
-        "patch_size": 32, "intermediate_hook_ids": (1, 0), "scaled_images_feature_dims": (32, 32, 16),
-        "intermediate_feature_dims": (16, 16), "image_model_config": {"patch_size": 4, "image_size": 32},
-        "patch_model_config": {"patch_size": 4, "image_size": 32}, "fov_model_config": {"patch_size": 4, "image_size": 32},
+        "patch_size": 32, "intermediate_hook_ids": (1, 0),
+        "scaled_images_feature_dims": (32, 32, 16),
+        "intermediate_feature_dims": (16, 16),
+        "image_model_config": {"patch_size": 4, "image_size": 32},
+        "patch_model_config": {"patch_size": 4, "image_size": 32},
+        "fov_model_config": {"patch_size": 4, "image_size": 32},
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "dots1": {**_EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots3_note": {
+        "audio_config": {"adapter_input_size": 32}, "text_config": {"num_key_value_heads": 4},
+    },
     "dots3_note_vision_encoder": {
         "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
         "mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2,
@@ -109,9 +115,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma3n_vision": {"architecture": "test_vit"},
-    "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-    },
     "glm4v_moe_text": _rope(1, 1, 0),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
@@ -145,22 +148,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"num_hidden_layers": 4},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "neucodec": {"quantization_dim": 64},
-    "pe_audio_video_encoder": {"video_config": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}}},
+    "pe_audio_video_encoder": {
+        "video_config": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
+    },
     "pe_video_encoder": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
-    "perception_lm": {"vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64}}},
+    "perception_lm": {
+        "vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64}},
+    },
     "pi0": {"vlm_config": {"image_token_index": 5}},
     "pocket_tts_audio_tokenizer": _CODEC,
     "pp_doclayout_v2": {**_HGNET_DETR, "class_thresholds": [0.5] * 20, "class_order": [*range(20)]},
     "pp_doclayout_v3": _HGNET_DETR,
     "pp_doclayout_v4": _HGNET_DETR,
-    "pp_ocrv5_server_det": {"intraclass_block_config": _INTRACLASS, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2]},
-    "pp_ocrv6_medium_det": {
-        "backbone_config": {"out_indices": [1, 2, 3, 4]}, "kernel_list": [3, 2, 2],
+    "pp_ocrv5_server_det": {
         "intraclass_block_config": _INTRACLASS, "scale_factor_list": [1, 2, 4, 8],
-    },
-    "pp_ocrv6_small_det": {
-        "backbone_config": {"out_indices": [1, 2, 3, 4]},
-        "layer_list_out_channels": (96, 96, 192, 384),
+        "kernel_list": [3, 2, 2],
     },
     "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 128},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
@@ -181,7 +183,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "time_series_transformer": _SERIES,
     "timm_backbone": {"backbone": "resnet18"},
     "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
-    "uvdoc": {"bridge_connector": (128, 128), "backbone_config": {"out_indices": [1, 2, 3, 4, 5, 6]}},
+    "uvdoc": {
+        "bridge_connector": (128, 128), "backbone_config": {"out_indices": [1, 2, 3, 4, 5, 6]},
+    },
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
@@ -241,14 +245,19 @@ INPUTS: dict[str, dict[str, Any]] = {
     "edgetam_video_mask_decoder": _MASK_DECODER,
     "edgetam_video_prompt_encoder": _PROMPTS,
     "florence_vision": {"hidden_states": _noise(2, 3, 64, 64)},
-    "fun_asr_nano_encoder": {"input_features": _noise(2, 12, 560), "input_features_mask": _whole(2, 12)},
+    "fun_asr_nano_encoder": {
+        "input_features": _noise(2, 12, 560), "input_features_mask": _whole(2, 12),
+    },
     "gemma3n_audio": {"audio_mel": _noise(2, 48, 128), "audio_mel_mask": torch.zeros(2, 48) > 0},
     "gemma4_audio": {"input_features": _noise(2, 48, 128), "attention_mask": _whole(2, 48) > 0},
     "gemma4_vision": {
-        "pixel_values": _noise(2, 36, 768), "pixel_position_ids": torch.cartesian_prod(*[torch.arange(6)] * 2).repeat(2, 1, 1),
+        "pixel_values": _noise(2, 36, 768),
+        "pixel_position_ids": torch.cartesian_prod(*[torch.arange(6)] * 2).repeat(2, 1, 1),
     },
     "granite_speech5_ctc": {"input_features": _noise(2, 32, 320), "attention_mask": _whole(2, 32)},
-    "granite_speech5_encoder": {"input_features": _noise(2, 32, 320), "attention_mask": _whole(2, 32)},
+    "granite_speech5_encoder": {
+        "input_features": _noise(2, 32, 320), "attention_mask": _whole(2, 32),
+    },
     "idefics": {
         "attention_mask": torch.ones(2, 6, dtype=torch.long),
         "pixel_values": _noise(2, 1, 3, 32, 32),
@@ -269,7 +278,10 @@ INPUTS: dict[str, dict[str, Any]] = {
         "question_type_ids": torch.tensor([[0, 1]]),
     },
     "kimi_k25_vision": {"pixel_values": _noise(32, 3, 14, 14)},
-    "kosmos-2": {"image_embeds_position_mask": _ids(0, 1, 1, 1, 1, 0) > 0, "pixel_values": _noise(2, 3, 64, 64)},
+    "kosmos-2": {
+        "image_embeds_position_mask": _ids(0, 1, 1, 1, 1, 0) > 0,
+        "pixel_values": _noise(2, 3, 64, 64),
+    },
     "kosmos_2_5_vision_model": {"hidden_states": _noise(2, 6, 32), "attention_mask": _whole(2, 6)},
     "kyutai_speech_to_text": {"input_ids": _codes(2, 6, 33)},
     "lxmert": {"visual_feats": _noise(2, 5, 32), "visual_pos": _noise(2, 5, 4)},
@@ -292,6 +304,12 @@ INPUTS: dict[str, dict[str, Any]] = {
     "neucodec": {"input_values": _noise(2, 1, 3200), "input_features": _noise(2, 10, 32)},
     "oneformer": {"task_inputs": _noise(2, 77)},
     "paddleocr_vl_vision": {"pixel_values": _noise(1, 32, 3, 14, 14)},
+    "pe_audio_video": {
+        "input_values": _noise(2, 1, 7680), "pixel_values_videos": _noise(2, 2, 3, 384, 384),
+    },
+    "pe_audio_video_encoder": {
+        "input_values": _noise(2, 1, 7680), "pixel_values_videos": _noise(2, 2, 3, 384, 384),
+    },
     "pe_video": {"pixel_values_videos": _noise(2, 2, 3, 384, 384)},
     "pe_video_encoder": {"pixel_values_videos": _noise(2, 2, 3, 384, 384)},
     "phi4_multimodal_audio": {"hidden_states": _noise(2, 64, 80), "mask": _whole(2, 64) > 0},
@@ -314,7 +332,9 @@ INPUTS: dict[str, dict[str, Any]] = {
         "code": _codes(1, 6), "conditioning": _noise(1, 32), "reference_mel": _noise(1, 20, 32),
         "num_steps": 2,
     },
-    "qwen3_asr_encoder": {"input_features": _noise(2, 128, 200), "input_features_mask": _whole(2, 200)},
+    "qwen3_asr_encoder": {
+        "input_features": _noise(2, 128, 200), "input_features_mask": _whole(2, 200),
+    },
     "qwen3_omni_moe_audio_encoder": {
         "input_features": _noise(128, 400), "feature_lens": torch.tensor([200, 200]),
     },
@@ -331,7 +351,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     "sam_hq_prompt_encoder": {"masks": _noise(2, 1, 16, 16)},
     "sam_prompt_encoder": {"masks": _noise(2, 1, 16, 16)},
     "seggpt": {
-        "pixel_values": _noise(2, 3, 32, 32), "prompt_pixel_values": _noise(2, 3, 32, 32), "prompt_masks": _noise(2, 3, 32, 32),
+        "pixel_values": _noise(2, 3, 32, 32), "prompt_pixel_values": _noise(2, 3, 32, 32),
+        "prompt_masks": _noise(2, 3, 32, 32),
     },
     "siglip2": {
         "pixel_values": _noise(2, 16, 768), "pixel_attention_mask": _whole(2, 16),
@@ -341,7 +362,10 @@ INPUTS: dict[str, dict[str, Any]] = {
         "pixel_values": _noise(2, 16, 768), "pixel_attention_mask": _whole(2, 16),
         "spatial_shapes": _ids(4, 4),
     },
-    "tvp": {"pixel_values": _noise(1, 2, 3, 64, 64), "input_ids": _codes(1, 6), "attention_mask": _whole(1, 6)},
+    "tvp": {
+        "pixel_values": _noise(1, 2, 3, 64, 64), "input_ids": _codes(1, 6),
+        "attention_mask": _whole(1, 6),
+    },
     "vibevoice_diffusion": {
         "noisy_images": _noise(2, 64), "timesteps": torch.ones(2), "condition": _noise(2, 32),
     },
