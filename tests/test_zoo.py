@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -39,6 +40,8 @@ from zoo import (
 )
 from zoo.build import Built, build, perturbed, run
 from zoo.classes import all_classes_of
+from zoo.configs import small
+from zoo.exceptions import CONFIGS, INPUTS
 from zoo.flat import flat, same_bits
 from zoo.heads import NOT_REACHED, check_others
 from zoo.parts import called_inside
@@ -127,6 +130,31 @@ def test_a_part_of_a_model_runs_with_what_it_is_given_there() -> None:
     hidden = run(part, calls[part]).last_hidden_state
     logits = whole.model.get_submodule("lm_head")(hidden)
     assert torch.equal(logits, run(whole.model, whole.inputs).logits)
+
+
+def test_a_backbone_in_a_small_model_has_the_stages_that_were_chosen() -> None:
+    config = small(CONFIG_MAPPING["depth_anything"], "all", {})
+    assert config.backbone_config.num_hidden_layers == 4
+    assert list(config.backbone_config.out_indices) == [1, 2, 3, 4]
+    config = small(CONFIG_MAPPING["rt_detr"], "all", {})
+    assert list(config.backbone_config.out_indices) == [2, 3, 4]
+
+
+def test_a_part_has_its_own_settings_in_the_model_around_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CONFIGS, "clip_text_model", {"hidden_size": 24, "vocab_size": 99})
+    config = small(CONFIG_MAPPING["clip"], "all", {"text_config": {"vocab_size": 77}})
+    assert (config.text_config.hidden_size, config.text_config.vocab_size) == (24, 77)
+
+
+def test_known_inputs_are_always_given_and_none_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    monkeypatch.setitem(INPUTS, "llama", {"input_ids": ids, "attention_mask": torch.ones(1, 3)})
+    assert build("llama").inputs.keys() == {"input_ids", "attention_mask"}
+    assert build("llama").inputs["input_ids"] is ids
+    monkeypatch.setitem(INPUTS, "llama", {"input_ids": None, "inputs_embeds": torch.ones(1, 3, 32)})
+    assert build("llama").inputs.keys() == {"inputs_embeds"}
 
 
 def test_results_of_several_versions_have_tables_of_their_own(tmp_path: Path) -> None:

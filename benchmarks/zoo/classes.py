@@ -90,17 +90,15 @@ def _defined(module: Any) -> list[Any]:
 
 
 def _takes(cls: Any, config: Any) -> bool:
-    """Whether a module is made from such a config alone, by its annotations."""
+    """Whether a module is made from such a config alone, by its annotation or by their names."""
     parameters = list(inspect.signature(cls).parameters.values())
     required = [p for p in parameters if p.default is p.empty]
-    return (
-        bool(required)
-        and len(required) == 1
-        and (
-            str(getattr(required[0].annotation, "__name__", required[0].annotation)).strip("'")
-            == config.__name__
-        )
-    )
+    if len(required) != 1:
+        return False
+    annotation = required[0].annotation
+    if annotation is inspect.Parameter.empty:
+        return bool(cls.__name__ == config.__name__.removesuffix("Config"))
+    return str(getattr(annotation, "__name__", annotation)).strip("'") == config.__name__
 
 
 def named(model_type: str, class_name: str) -> Any:

@@ -67,7 +67,8 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any], given: Any = None) -> An
     Args:
         cls: a config class of transformers.
         shrunk: `"all"`, or what is left large.
-        fixed: values that are known to be needed, of sub-configs as dicts.
+        fixed: values that are known to be needed, of sub-configs as dicts; those that a
+            sub-config needs wherever it is are known too.
         given: the config of this class that the config around it has, if there is one.
     """
     if shrunk == "nothing":
@@ -92,8 +93,12 @@ def small(cls: Any, shrunk: str, fixed: dict[str, Any], given: Any = None) -> An
         inner = _get(default, name)
         known = fixed.get(name, {})
         if isinstance(inner, PreTrainedConfig) and isinstance(known, dict):
+            known = {**CONFIGS.get(type(inner).model_type, {}), **known}
             values[name] = small(type(inner), shrunk, known, inner)
+        elif name in fixed:
+            values[name] = known
     _agree(cls, values, default, shrunk)
+    values.update(_stages(cls, default, given))
     values.update({k: v for k, v in fixed.items() if k not in sub_configs})
     return cls(**values)
 
@@ -150,6 +155,20 @@ def _agree(cls: Any, values: dict[str, Any], default: Any, shrunk: str) -> None:
     for name in list(values):
         if name not in names:
             del values[name]
+
+
+def _stages(cls: Any, default: Any, given: Any) -> dict[str, Any]:
+    """The stages of a backbone that the config around has chosen, in a backbone with few layers."""
+    chosen = list(_get(given, "out_indices") or ())
+    if not chosen or chosen == list(_get(default, "out_indices") or ()):
+        return {}
+    names = {field.name for field in dataclasses.fields(cls)}
+    layers = _get(given, "num_hidden_layers")
+    if "num_hidden_layers" in names and layers == len(given.stage_names) - 1:
+        count = max(len(chosen), 2)  # Each layer is a stage.
+        kept = list(range(count + 1))[-len(chosen) :]
+        return {"num_hidden_layers": count, "out_indices": kept}
+    return {"out_indices": chosen}
 
 
 def _default_of(field: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .exceptions import INPUTS
+
 Inputs = dict[str, Any]
 BATCH, TOKENS = 2, 6
 MOST = 16  # Combinations of values that are tried.
@@ -21,20 +23,28 @@ OPTIONAL = re.compile(r"labels|^past_|^output_|^return_|^use_|cache|head_mask|in
 
 def candidates(model: nn.Module, config: Any) -> Iterator[Inputs]:
     """Inputs to try, those that use most of the model first."""
-    makers = _makers(model)
-    yield from _made(makers, _choices(model, list(makers)), config)
+    makers, known = _makers(model, config)
+    yield from _made(makers, _choices(model, list(makers), known), config)
 
 
 def fuller(model: nn.Module, config: Any) -> Iterator[Inputs]:
     """The same with parameters beside them, for a model that says something is missing."""
-    makers = _makers(model)
-    choices = _with_more(_choices(model, list(makers)), list(makers))
+    makers, known = _makers(model, config)
+    choices = _with_more(_choices(model, list(makers), known), list(makers))
     yield from _made(makers, itertools.islice(choices, CHOICES), config)
 
 
-def _makers(model: nn.Module) -> dict[str, Callable[[Any], list[Any]]]:
+def _makers(model: nn.Module, config: Any) -> tuple[dict[str, Callable[[Any], list[Any]]], Inputs]:
+    """What makes each parameter; and those that are known of the model type, of `INPUTS`."""
     parameters = inspect.signature(type(model).forward).parameters
-    return {name: maker for name in parameters if (maker := maker_of(name)) is not None}
+    makers = {name: maker for name in parameters if (maker := maker_of(name)) is not None}
+    known = INPUTS.get(getattr(config, "model_type", ""), {})
+    known = {name: value for name, value in known.items() if name in parameters}
+    for name, value in known.items():
+        makers[name] = lambda config, value=value: [value]
+        if value is None:
+            del makers[name]
+    return makers, known
 
 
 def _made(
@@ -46,8 +56,8 @@ def _made(
             yield dict(zip(choice, values, strict=True))
 
 
-def _choices(model: nn.Module, makeable: list[str]) -> list[tuple[str, ...]]:
-    """Which of the parameters to give, the most first."""
+def _choices(model: nn.Module, makeable: list[str], known: Inputs) -> list[tuple[str, ...]]:
+    """Which of the parameters to give, the most first; always those that are known."""
     parameters = inspect.signature(type(model).forward).parameters
     main = str(getattr(model, "main_input_name", "input_ids"))
     required = [
@@ -70,7 +80,11 @@ def _choices(model: nn.Module, makeable: list[str]) -> list[tuple[str, ...]]:
         [n for n in ("input_ids", "decoder_input_ids") if n in parameters],
         required,
     ]
-    chosen = [tuple(n for n in choice if n in parameters) for choice in choices]
+    absent = {name for name, value in known.items() if value is None}
+    chosen = [
+        tuple(dict.fromkeys(n for n in (*choice, *known) if n in parameters and n not in absent))
+        for choice in choices
+    ]
     return [choice for choice in chosen if choice and set(choice) <= set(makeable)]
 
 
@@ -151,7 +165,7 @@ def _images(config: Any) -> list[Tensor]:
 def _patches(config: Any) -> list[Tensor]:
     patch = found(config, "patch_size", default=4)
     patch = patch if isinstance(patch, int) else patch[-1]
-    time = found(config, "temporal_patch_size", default=1)
+    time = found(config, "temporal_patch_size", "patch_temporal", default=1)
     time = time if isinstance(time, int) else time[0]
     channels = found(config, "in_channels", "num_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
@@ -170,7 +184,8 @@ def _states(config: Any) -> list[Tensor]:
 
 def _features(config: Any) -> list[Tensor]:
     bins = int(found(config, "num_mel_bins", "feature_size", "input_dim", "n_mels", "num_mels",
-                     "input_feat_size", "feat_in", "mel_dim", default=80))  # fmt: skip
+                     "input_feat_size", "feat_in", "mel_dim",
+                     "feature_projection_input_dim", default=80))  # fmt: skip
     positions = int(found(config, "max_source_positions", default=32))
     frames = 2 * min(positions, 1500)
     return [
