@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import pytest
 import torch
 from changes import Hook, inputs_of, kernel_runs, kernels_and_family
 from generated import Case, cases
@@ -32,6 +33,9 @@ from module_fusion import (
     unfuse_modules,
 )
 from module_fusion.comparison import unfused
+
+# Their blocks run any program, which no bytecode tells what leaves them.
+pytestmark = pytest.mark.filterwarnings("ignore:The output of .* is given to others:UserWarning")
 
 CHAIN = st.tuples(st.booleans(), PICK, st.integers(0, 3), st.integers(1, 3), st.booleans())
 # Mostly those that a kernel may run in.

@@ -126,8 +126,11 @@ class Twins:
         torch.set_rng_state(before)
         try:
             got = outcome(self.ours, step)
-        except DeferredUseError:
-            # The limits: an input modified in place; a hook that is an autograd function.
+        except DeferredUseError as error:
+            # The limits: an input modified in place; a hook that is an autograd function; a value
+            # that leaves a block in a checkpoint for the first time.
+            if "is given to others in a checkpoint" in str(error):
+                reject()
             modules = self.twin.model.modules()
             hooked = any(m._backward_hooks or m._backward_pre_hooks for m in modules)
             if not (hooked or self.case.modifies_in_place):

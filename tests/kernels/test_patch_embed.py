@@ -427,7 +427,6 @@ def test_one_channel_s_weight_in_channels_last_memory_runs_the_convolution(
         ours, theirs = run(x), proj(x)
     assert torch.equal(ours, theirs)
     assert ours.stride() == theirs.stride()
-    assert ours.movedim(1, -1).view(-1, 40).shape[0] == 2 * 2**dims
 
 
 @pytest.mark.parametrize("dims", FORMATS)
