@@ -1,5 +1,7 @@
 """Time of PatchEmbed against the convolution it replaces, and against a plain matrix product.
 
+On a GPU against torch.compile of the convolution too.
+
     python benchmarks/patch_embed.py [cpu|cuda] [--save]
 
 Candidates take turns; a cell is the median time of one call. On a GPU a call is a CUDA graph,
@@ -77,7 +79,9 @@ def candidates(case: Case, device: str) -> dict[str, Callable[[Tensor], Tensor]]
 
     found = {"conv": proj, "PatchEmbed": bound(False)}
     if device == "cuda":
-        found["token major"] = bound(True)
+        torch.compiler.reset()
+        compiled = torch.compile(proj, dynamic=False)
+        found.update({"token major": bound(True), "torch.compile": compiled})
     return {**found, "patches + F.linear": product}
 
 
