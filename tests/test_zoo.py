@@ -192,6 +192,13 @@ def test_results_of_several_versions_have_tables_of_their_own(tmp_path: Path) ->
     )
 
 
+def test_what_a_sweep_that_follows_another_left_out_is_told(tmp_path: Path) -> None:
+    table.write([], tmp_path, "zoo-old", {"bert"})
+    text = (tmp_path / "zoo-old.md").read_text()
+    assert "| llama | left out |  | not checked by the sweep that this one follows |" in text
+    assert "| bert | not reached |  | not in this sweep |" in text
+
+
 @pytest.mark.parametrize(
     ("failures", "reason"),
     [

@@ -78,8 +78,8 @@ def main() -> None:
         if not options.again and (row["status"] == "checked" or not options.retry)
     }
     names = [name for name in names if name not in done]
-    if options.like:
-        checked = checked_in(read(options.like))
+    checked = checked_in(read(options.like)) if options.like else None
+    if checked is not None:
         names = [name for name in names if name in checked]
     with tqdm(total=len(names), unit="architecture") as bar:
 
@@ -96,7 +96,7 @@ def main() -> None:
         if are_others:
             others_table.write(read(options.results), RESULTS)
         else:
-            table.write(read(options.results), RESULTS, options.name)
+            table.write(read(options.results), RESULTS, options.name, checked)
 
 
 def named_by(subset: str | None, library: str | None) -> list[str]:

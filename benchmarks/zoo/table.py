@@ -6,7 +6,7 @@ import datetime
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,31 @@ ON_THE_KERNEL = (
 Row = dict[str, Any]
 
 
-def write(rows: Sequence[Row], folder: Path, name: str = "zoo") -> None:
-    """Write `NAME.md` and `NAME.json`."""
+def write(
+    rows: Sequence[Row], folder: Path, name: str = "zoo", followed: Set[str] | None = None
+) -> None:
+    """Write `NAME.md` and `NAME.json`.
+
+    Args:
+        rows: the results.
+        folder: where to.
+        name: of the files.
+        followed: what another sweep checked, where this one left out the rest.
+    """
     reached = {row["architecture"] for row in rows}
-    missing: Row = {"status": "not reached", "error": "not in this sweep"}
-    rows = [*rows, *({"architecture": n, **missing} for n in architectures() if n not in reached)]
+    rows = [*rows, *(_missing(n, followed) for n in architectures() if n not in reached)]
     rows = sorted(rows, key=lambda row: row["architecture"])
     (folder / f"{name}.md").write_text(_markdown(rows, name))
     lines = ",\n".join(json.dumps(_compact(row)) for row in rows)
     (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+
+
+def _missing(architecture: str, followed: Set[str] | None) -> Row:
+    if followed is not None and architecture not in followed:
+        status, error = "left out", "not checked by the sweep that this one follows"
+    else:
+        status, error = "not reached", "not in this sweep"
+    return {"architecture": architecture, "status": status, "error": error}
 
 
 def missed(row: Row, family: str) -> list[tuple[str, str]]:
