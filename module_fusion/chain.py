@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
 from .errors import add_note
-from .modules import KEY, ModuleState, state_of
+from .modules import KEY, REPLACED, ModuleState, read_forward, state_of
 from .packing import Packing
 from .plain import why_not_under
 from .seat import FusedKernel, seat_class
@@ -95,15 +95,29 @@ class Chain:
             self.seat.__dict__["_packings"] = packings
 
     def refuse(self, refusal: str | None) -> Callable[[], None]:
-        """Say anew why the chain never captures, None if it does; how to take that back."""
-        before, self.refusal = self.refusal, refusal
-        if self.seat is not None:
-            self.seat.__dict__["_refusal"] = refusal
+        """Say why the chain never captures, None if it does, by the code around it as it is now.
+
+        Returns:
+            How to take that back.
+        """
+        boundary = self.boundary
+        before, read = self.refusal, None if boundary is None else boundary.read
+        self._set_refusal(refusal)
+        if boundary is not None and read != (now := read_forward(boundary.original)):
+            # Of other chains around which it is, nothing was read again.
+            boundary.read = now if boundary.boundary_of == 1 else REPLACED
 
         def take_back() -> None:
-            self.refuse(before)
+            self._set_refusal(before)
+            if boundary is not None:
+                boundary.read = read
 
         return take_back
+
+    def _set_refusal(self, refusal: str | None) -> None:
+        self.refusal = refusal
+        if self.seat is not None:
+            self.seat.__dict__["_refusal"] = refusal
 
     @property
     def armed(self) -> bool:

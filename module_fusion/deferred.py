@@ -201,7 +201,7 @@ class CapturedCall:
         if speculation.needs_gradient:
             return
         speculation.needs_gradient = True
-        if self.context[5] is not None:
+        if any(_is_of_checkpoint(hook) for hook in self.context[5] or ()):
             raise DeferredUseError(
                 f"The output of {self.path!r} is given to others in a checkpoint, where the code "
                 f"did not tell that it would be. The modules run from now on, so that what is run "
@@ -628,6 +628,11 @@ def _asks_in_python(cls: Any) -> bool:
     """Whether `isinstance` with this class reads `__class__` only; `torch.FloatTensor` reads on."""
     check = inspect.getattr_static(type(cls), "__instancecheck__", None)
     return check is type.__instancecheck__ or inspect.isfunction(check) or type(cls) is type(Tensor)
+
+
+def _is_of_checkpoint(hook: Any) -> bool:
+    """Whether a hook for saved tensors runs the forward again."""
+    return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
 
 
 def _way_out(path: str) -> str:

@@ -334,10 +334,8 @@ def _reads_of_child(module: nn.Module, path: tuple[str, ...]) -> list[Read]:
     child, name = _reached(module, path)
     if not name or name in child._parameters or name in child._buffers:
         return []
-    forward = function_of(type(child).forward)
-    of_torch = forward is None or is_of_torch(forward)
-    if not of_torch and name in _of_method(type(child), "forward").stored:
-        return []  # Its own state.
+    if name in _counted_by(type(child)):
+        return []  # Who reads that runs.
     path = path[: path.index(name) + 1]
     now = functools.partial(_value_in_child, path)
     return [Read(".".join(path), now(module), now)]
@@ -646,7 +644,11 @@ def _what_child_does(
     methods = methods_of(cls, name)
     if methods:
         found = _of_method(cls, name)
+        if read := sorted(_counted_by(cls) & {own for own, *_ in found.own}):
+            return f"reads what {cls.__name__} counts, its {read[0]}"
         return found.always or found.in_training or _what_own_does(child, cls, found, seen)
+    if name in _counted_by(cls):
+        return f"reads what {cls.__name__} counts, its {name}"
     if function_of(inspect.getattr_static(cls, name, None)) is not None and name not in _OF_MODULES:
         return f"uses {name!r} of a module, and it is not known what that does"
     value = _attribute_of(child, cls, name)
@@ -659,6 +661,14 @@ def _what_child_does(
     if not known:
         return f"uses {name!r} of a module, and it is not known what that does"
     return _merged([*map(_of_attribute, rest)]).always
+
+
+def _counted_by(cls: Any) -> frozenset[str]:
+    """What a call of a module counts."""
+    forward = function_of(cls.forward)
+    if forward is None or is_of_torch(forward):
+        return frozenset()
+    return _of_method(cls, "forward").stored
 
 
 def _attribute_of(module: nn.Module, cls: type, name: str) -> Any:

@@ -116,7 +116,7 @@ class ModuleState:
         }
         if self.read is not None:
             # Read again when the copy is joined; one that was replaced before stays so.
-            fresh["read"] = None if self.read == read_forward(self.original) else _REPLACED
+            fresh["read"] = None if self.read == read_forward(self.original) else REPLACED
         return {**self.__dict__, **fresh}
 
 
@@ -127,7 +127,7 @@ class ReadForward(NamedTuple):
     code: Any
 
 
-_REPLACED = ReadForward(None, None)
+REPLACED = ReadForward(None, None)
 
 
 def read_forward(original: type[nn.Module]) -> ReadForward:

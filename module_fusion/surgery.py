@@ -144,7 +144,9 @@ def apply_jobs(
         for job in jobs:
             if job.is_fused:
                 set_holders(job)
-                undo.append(job.chain.refuse(job.refusal))
+                take_back = job.chain.refuse(job.refusal)
+                undo.append(take_back)
+                kernels_before.append(take_back)
             else:
                 _apply(job, undo)
         with code_read_once():

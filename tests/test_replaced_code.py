@@ -17,7 +17,7 @@ from support import mapped, members_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from module_fusion import ModuleSpec, fuse, fuse_modules, report, unfuse_modules
+from module_fusion import ModuleSpec, fuse, fuse_modules, fused, report, unfuse_modules
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -313,10 +313,14 @@ def test_a_member_that_reads_what_its_child_keeps_is_left_alone(value: Any) -> N
     assert "uses 'kept' of a module" in str(result.skipped[0].reason)
 
 
-def test_what_a_child_counts_itself_is_its_own() -> None:
+@pytest.mark.parametrize("is_method", [False, True])
+def test_a_member_that_reads_what_its_child_counts_runs(is_method: bool) -> None:
     class Counting(Activation):
+        def late(self) -> bool:
+            return self.factor > 2
+
         def forward(self, x: Tensor) -> Tensor:
-            self.factor += 0
+            self.factor += 1
             return F.silu(x)
 
     class Counts(Mlp):
@@ -325,14 +329,17 @@ def test_what_a_child_counts_itself_is_its_own() -> None:
             self.act = Counting()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.act(self.gate(x)) * self.up(x)) + 0 * self.act.factor
+            late = self.act.late() if is_method else self.act.factor > 2
+            return self.down(self.act(self.gate(x)) * self.up(x)) * (2 if late else 1)
 
-    model, kernel = nn.Sequential(Block(Norm, Counts)), members_kernel(1)
-    with mapped(Kernel=kernel):
-        fuse_modules(model, ["0.norm", "0.mlp"], kernel="Kernel")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(Norm, Counts)), torch.randn(4, HIDDEN)
+    twin = copy.deepcopy(model)
+    fuse(model)
     for _ in range(3):
-        model(torch.randn(4, HIDDEN))
-    assert [(g.kernel_calls, g.member_calls) for g in report(model).groups] == [(3, 0)]
+        assert torch.equal(model(x), twin(x))
+    for group in report(model).groups:
+        assert "reads what Counting counts, its factor" in str(group.reason)
 
 
 class Missing(dict[str, Any]):
@@ -573,6 +580,56 @@ def test_two_chains_of_one_block_fused_by_two_calls_have_their_kernels() -> None
     fuse_pair(model, "0.norm2", "0.mlp2")
     model(x)
     assert [(g.kernel_calls, g.reason) for g in report(model).groups] == [(1, None)] * 2
+
+
+@pytest.mark.parametrize("how", ["fuse", "fuse_modules"])
+def test_fusing_again_reads_a_replaced_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Around(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x))
+
+    def fuse_again() -> None:
+        if how == "fuse":
+            fuse(model)
+        else:
+            fuse_modules(model, {"norm": "0.norm", "mlp": "0.mlp"}, kernel="RMSNormMLP")
+
+    model, x = nn.Sequential(Around(Norm, Mlp)), torch.randn(4, HIDDEN)
+    twin, good = copy.deepcopy(model), Around.forward
+    monkeypatch.setattr(Around, "forward", asking)
+    fuse_modules(model, {"norm": "0.norm", "mlp": "0.mlp"}, kernel="RMSNormMLP")
+    assert torch.equal(model(x), twin(x))
+    monkeypatch.setattr(Around, "forward", good)
+    fuse_again()
+    torch.testing.assert_close(model(x), twin(x))
+    assert report(model).groups[0].kernel_calls == 1
+    monkeypatch.setattr(Around, "forward", asking)
+    assert torch.equal(model(x), twin(x))
+
+
+def test_fusing_again_by_family_reads_the_code_around_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Helped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.helped(x)
+
+        def helped(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x))
+
+    model, x = nn.Sequential(Helped(Norm, Mlp)), torch.randn(4, HIDDEN)
+    twin = copy.deepcopy(model)
+    fuse(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Helped, "helped", asking)
+        with fused(model, {"norm": "0.norm", "mlp": "0.mlp"}, kernel="RMSNormMLP"):
+            assert torch.equal(model(x), twin(x))
+    model(x)
+    assert report(model).groups[0].kernel_calls == 1
+    monkeypatch.setattr(Helped, "helped", asking)
+    fuse(model)
+    assert torch.equal(model(x), twin(x))
+    assert "asks for type(...)" in str(report(model).groups[0].reason)
 
 
 def test_a_chain_that_is_fused_again_reads_the_code_around_it_again() -> None:

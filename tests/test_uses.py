@@ -366,6 +366,12 @@ def test_a_value_that_leaves_unseen_in_a_checkpoint_is_an_error_once_and_then_ri
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+def test_where_saved_tensors_are_only_kept_elsewhere_it_is_a_warning(x: Tensor) -> None:
+    block = model_with(through_a_method, x)
+    with GIVEN, torch.autograd.graph.save_on_cpu():
+        block(x.clone().requires_grad_())
+
+
 @pytest.mark.parametrize("forward", [with_its_gradient, with_a_hook])
 def test_what_the_code_does_not_tell_is_an_error_once_and_then_right(
     forward: Callable[..., Any], x: Tensor

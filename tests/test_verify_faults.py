@@ -374,3 +374,20 @@ def test_code_that_gives_the_modules_another_value_than_the_kernel_knows_is_foun
     found = verify(model, x)
     assert not found.passed
     assert "something else than the output of 'norm', and the kernel does not know" in str(found)
+
+
+class CallsAgain(Block):
+    """The second call of the last member gets another value, the third a captured one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y = self.mlp(h)
+        z = self.mlp(h + 1)
+        return self.mlp(self.norm(z)) + y
+
+
+def test_modules_that_ran_themselves_on_another_value_are_not_blamed() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(CallsAgain(8, 16)), torch.randn(4, 8)
+    fuse_modules(model, PATHS, kernel="RMSNormMLP")
+    assert verify(model, x, gradients=True).problems == ()

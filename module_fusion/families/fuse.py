@@ -228,6 +228,7 @@ def _fuse_family(
     with code_read_once():
         for job in jobs:
             if job not in empty:
+                restore.append(job.chain.refuse(job.refusal))
                 job.chain.seat._arm()  # type: ignore[union-attr]
                 set_holders(job)
     restored, failed = _apply(model, empty, family.kernel, mode, device)

@@ -200,20 +200,21 @@ class _Follower:
         self.queue = queue
         self.inputs: list[Any] = [None] * self.plan.inputs
         self.outputs: dict[int, Any] = {}
-        self.changed: str | None = None
+        self.changed: dict[int, str] = {}
 
     def note_inputs_of(self, index: int) -> Any:
         wiring = self.plan.members[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = wiring.bind(args, kwargs)
+            self.changed.pop(index, None)
             if isinstance(values, str):
                 return
             for value, source in zip(values, wiring.sources, strict=True):
                 if isinstance(source, External):
                     self.inputs[source.position] = snapshot(value)
                 elif isinstance(source, Wire) and not self._is_output(source, value):
-                    self.changed = (
+                    self.changed[index] = (
                         f"the code around {self.roles[index]!r} gives it something else than the "
                         f"output of {self.roles[source.member]!r}, and the kernel does not know"
                     )
@@ -228,12 +229,12 @@ class _Follower:
 
     def _is_output(self, wire: Wire, value: Any) -> bool:
         """Whether a member is given what another returned in the same run."""
-        output = self.outputs.get(wire.member)
-        if isinstance(output, (tuple, list)):
-            output = output[wire.output]
-        return equal(output, value)
+        output: Any = self.outputs.get(wire.member)
+        return equal(output[wire.output] if wire.arity > 1 else output, value)
 
     def replace(self, module: nn.Module, args: Any, output: Any) -> Any:
+        changed = next(iter(self.changed.values()), None)
+        self.changed.clear()
         if not self.queue:
             return output
         call = self.queue.popleft()
@@ -244,8 +245,8 @@ class _Follower:
                 )
             return output
         call.theirs = snapshot(output)
-        if self.changed is not None:
-            call.problem, self.changed = self.changed, None
+        if changed is not None:
+            call.problem = changed
         elif not equal(call.inputs, self.inputs):
             call.problem = "the kernel was given other inputs than the modules are"
         return snapshot(call.output)
