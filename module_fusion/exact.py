@@ -36,6 +36,15 @@ _WIDER = {
 }
 
 
+def less_accurate(what: str, error: float, of_modules: float, allowed: float) -> str:
+    """What is said of a kernel whose relative error against float64 is more than is allowed."""
+    return (
+        f"the kernel is less accurate than the modules: relative error {error:.2e} of the {what} "
+        f"against float64, theirs is {of_modules:.2e}, and {allowed:.2e} is allowed: {LIMIT} times "
+        f"that, or a few units in the last place"
+    )
+
+
 def floor_of(epsilon: float) -> float:
     """The relative error below which nothing is told from none, by a dtype's epsilon."""
     return max(_FLOOR * epsilon, _FLOOR_OF_DOUBLE)

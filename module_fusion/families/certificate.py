@@ -28,6 +28,7 @@ from ..exact import (
     copy_of,
     double,
     floor_of,
+    less_accurate,
     run_on_copies,
     seat_on,
     seeded,
@@ -74,12 +75,7 @@ class Certificate:
         """Why the kernel may not take over, None if it may."""
         if self.failure is not None or self.kernel_error <= self.allowed:
             return self.failure
-        return (
-            f"the kernel is less accurate than the modules: relative error "
-            f"{self.kernel_error:.2e} of the {self.what} against float64, theirs is "
-            f"{self.member_error:.2e}, and {self.allowed:.2e} is allowed: {LIMIT} times that, or a "
-            f"few units in the last place"
-        )
+        return less_accurate(self.what, self.kernel_error, self.member_error, self.allowed)
 
 
 class Certificates(dict[Any, Certificate]):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..exact import FLOOR_OF_GRADIENTS, LIMIT, floor_of, seeded
+from ..exact import FLOOR_OF_GRADIENTS, LIMIT, floor_of, less_accurate, seeded
 from .structures import computable
 
 # An element may be this many times its expected error off; of many elements one is the worst.
@@ -190,14 +190,9 @@ class Tally:
         ours, theirs = (self.kernel / size) ** 0.5, (self.members / size) ** 0.5
         problem = self.problem
         found_in_place = problem is not None and self.is_local
-        over = ours > max(LIMIT * theirs, self.floor)
-        if over and not found_in_place and self._is_sure():
-            allowed = max(LIMIT * theirs, self.floor)
-            problem = (
-                f"the kernel is less accurate than the modules: relative error {ours:.2e} of the "
-                f"{self.name} against float64, theirs is {theirs:.2e}, and {allowed:.2e} is "
-                f"allowed: {LIMIT} times that, or a few units in the last place"
-            )
+        allowed = max(LIMIT * theirs, self.floor)
+        if ours > allowed and not found_in_place and self._is_sure():
+            problem = less_accurate(self.name, ours, theirs, allowed)
         return Judgement(ours, theirs, problem)
 
     def _is_sure(self) -> bool:
