@@ -259,9 +259,9 @@ INPUTS: dict[str, dict[str, Any]] = {
         "input_features": _noise(2, 32, 320), "attention_mask": _whole(2, 32),
     },
     "idefics": {
-        "attention_mask": torch.ones(2, 6, dtype=torch.long),
+        "attention_mask": _whole(2, 6),
         "pixel_values": _noise(2, 1, 3, 32, 32),
-        "image_attention_mask": torch.ones(2, 6, 1, dtype=torch.long),
+        "image_attention_mask": _whole(2, 6, 1),
     },
     "idefics2_perceiver": {"context": _noise(2, 6, 32), "attention_mask": _whole(2, 6)},
     "inkling2_vision": {

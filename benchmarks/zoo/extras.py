@@ -135,13 +135,8 @@ def check_compiled(
 
 def _compiled_gradients(built: Built) -> dict[str, torch.Tensor | None]:
     """Those of one graph, by the names of the model."""
-    torch.compiler.reset()
-    seed()
-    model: Any = torch.compile(built.model, fullgraph=True, backend="aot_eager")
-    try:
+    with _one_graph(built) as model:
         _, gradients = gradients_of(model, built.inputs)
-    finally:
-        torch.compiler.reset()
     return {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
 
 
@@ -241,11 +236,16 @@ def _counting() -> Iterator[None]:
 
 
 def _compiled(built: Built) -> list[Any]:
+    with _one_graph(built) as model, torch.no_grad():
+        return flat(model(**built.inputs))
+
+
+@contextmanager
+def _one_graph(built: Built) -> Iterator[Any]:
+    """The model compiled whole, and nothing compiled before or after."""
     torch.compiler.reset()
     seed()
-    model: Any = torch.compile(built.model, fullgraph=True, backend="aot_eager")
     try:
-        with torch.no_grad():
-            return flat(model(**built.inputs))
+        yield torch.compile(built.model, fullgraph=True, backend="aot_eager")
     finally:
         torch.compiler.reset()
