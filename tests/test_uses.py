@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -355,14 +356,29 @@ def test_a_value_that_leaves_unseen_is_that_of_the_members_from_the_next_call_on
 def test_a_value_that_leaves_unseen_in_a_checkpoint_is_an_error_once_and_then_right(
     forward: Callable[..., Any], x: Tensor
 ) -> None:
+    def slopes(y: Tensor, h: Tensor, given: Tensor) -> Any:
+        return torch.autograd.grad(y.square().sum() + h.sum(), given)
+
+    call = functools.partial(checkpoint, use_reentrant=False)
+    check_refused_once(forward, x, call, slopes, r"given to others in a checkpoint.*again")
+
+
+def check_refused_once(
+    forward: Callable[..., Any],
+    x: Tensor,
+    call: Callable[..., Any],
+    slopes: Callable[..., Any],
+    refusal: str,
+) -> None:
+    """The first call of the fused block is an error, the next one gives the members' gradients."""
     results = []
     for is_fused in (False, True):
         block, given = model_with(forward, x, is_fused), x.clone().requires_grad_()
         if is_fused:
-            with pytest.raises(DeferredUseError, match=r"given to others in a checkpoint.*again"):
-                checkpoint(block, given, use_reentrant=False)
-        y, h = checkpoint(block, given, use_reentrant=False)
-        results.append(torch.autograd.grad(y.square().sum() + h.sum(), given))
+            with pytest.raises(DeferredUseError, match=refusal):
+                call(block, given)
+        y, h = call(block, given)
+        results.append(slopes(y, h, given))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -376,12 +392,7 @@ def test_where_saved_tensors_are_only_kept_elsewhere_it_is_a_warning(x: Tensor) 
 def test_what_the_code_does_not_tell_is_an_error_once_and_then_right(
     forward: Callable[..., Any], x: Tensor
 ) -> None:
-    results = []
-    for is_fused in (False, True):
-        block, given = model_with(forward, x, is_fused), x.clone().requires_grad_()
-        if is_fused:
-            with pytest.raises(DeferredUseError, match="call the model again, or under"):
-                block(given)
-        y, h = block(given)
-        results.append(torch.autograd.grad(y.square().sum(), (h, given)))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    def slopes(y: Tensor, h: Tensor, given: Tensor) -> Any:
+        return torch.autograd.grad(y.square().sum(), (h, given))
+
+    check_refused_once(forward, x, nn.Module.__call__, slopes, "call the model again, or under")
