@@ -94,8 +94,11 @@ class Chain:
         if self.seat is not None:
             self.seat.__dict__["_packings"] = packings
 
-    def refuse(self, refusal: str | None) -> Callable[[], None]:
+    def refuse(self, refusal: str | None, is_read: bool) -> Callable[[], None]:
         """Say why the chain never captures, None if it does, by the code around it as it is now.
+
+        Args:
+            is_read: whether that code was read again for every chain that it is around.
 
         Returns:
             How to take that back.
@@ -104,8 +107,7 @@ class Chain:
         before, read = self.refusal, None if boundary is None else boundary.read
         self._set_refusal(refusal)
         if boundary is not None and read != (now := read_forward(boundary.original)):
-            # Of other chains around which it is, nothing was read again.
-            boundary.read = now if boundary.boundary_of == 1 else REPLACED
+            boundary.read = now if is_read else REPLACED
 
         def take_back() -> None:
             self._set_refusal(before)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .code import is_calling_torch, is_reading_class, types_asked_for
-from .context import Context, SavedTensorHooks, calling_context
+from .context import Context, SavedTensorHooks, calling_context, checkpoint_of
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
 from .uses import OF_GRADIENT
@@ -201,7 +201,7 @@ class CapturedCall:
         if speculation.needs_gradient:
             return
         speculation.needs_gradient = True
-        if any(_is_of_checkpoint(hook) for hook in self.context[5] or ()):
+        if checkpoint_of(self.context[5]) is not None:
             raise DeferredUseError(
                 f"The output of {self.path!r} is given to others in a checkpoint, where the code "
                 f"did not tell that it would be. The modules run from now on, so that what is run "
@@ -628,11 +628,6 @@ def _asks_in_python(cls: Any) -> bool:
     """Whether `isinstance` with this class reads `__class__` only; `torch.FloatTensor` reads on."""
     check = inspect.getattr_static(type(cls), "__instancecheck__", None)
     return check is type.__instancecheck__ or inspect.isfunction(check) or type(cls) is type(Tensor)
-
-
-def _is_of_checkpoint(hook: Any) -> bool:
-    """Whether a hook for saved tensors runs the forward again."""
-    return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
 
 
 def _way_out(path: str) -> str:

@@ -61,6 +61,7 @@ def _taken_back(model: nn.Module) -> Iterator[None]:
     for found in chains_in(model):
         owners += [*states_of(found), found.chain]
         owners += [] if found.chain.seat is None else [found.chain.seat]
+    owners += [owner.speculation for owner in owners if hasattr(owner, "speculation")]
     saved = [(owner, dict(owner.__dict__)) for owner in owners]
     # Of a module: parameters, buffers, modules inside, hooks, by their names.
     entries = [

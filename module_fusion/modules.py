@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .bytecode import layers_of
-from .context import calling_context, saved_tensors_hooks
+from .context import calling_context, checkpoint_of, saved_tensors_hooks
 from .deferred import (
     CapturedCall,
     DeferredOutput,
@@ -76,6 +76,7 @@ class ModuleState:
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
         speculation: whether to capture while torch.compile traces.
+        checkpoints: in which a call was captured, for as long as they may run it again.
         reason: why the last call was not captured.
     """
 
@@ -94,6 +95,7 @@ class ModuleState:
     form: MemberForm | None = None
     running: Set[int] = frozenset()
     speculation: Speculation
+    checkpoints: weakref.WeakSet[Any] | None = None
     reason: str | None = None
     inside: dict[int, Inside]
 
@@ -109,6 +111,7 @@ class ModuleState:
             "module": None,
             "holders": None if self.holders is None or self.holders else (),
             "inside": {},
+            "checkpoints": None,
             "armed": 0,
             "form": None,
             "running": frozenset(),
@@ -204,7 +207,7 @@ class RegistryCollector(_Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = getattr(self, "_fusion", None)
-        if state is None and not isinstance(self, RegistryCollector):
+        if not isinstance(self, RegistryCollector):
             return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None or not state.armed:
             return super().__call__(*args, **kwargs)
@@ -231,7 +234,7 @@ class FusedModule(_Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state: ModuleState | None = getattr(self, "_fusion", None)
-        if state is None and not isinstance(self, FusedModule):
+        if not isinstance(self, FusedModule):
             return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None:
             return super().__call__(*args, **kwargs)
@@ -462,9 +465,12 @@ def _guarded_forward(original: type[nn.Module]) -> Any:
             # torch.compile does not trace how that binds itself.
             traced = is_function and torch.compiler.is_dynamo_compiling()
             own = original.forward if traced else bound
-        if state is None or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or state is None or not state.boundary_of:
+            # Without chains inside, this method was kept beyond their fusing.
             output = own(self, *args, **kwargs)
             return output if type(output) is Tensor else materialise(output)
+        if state.module is None:
+            _join(self, state)
         inside, caller = state.inside, get_ident()
         outer = inside.get(caller)
         here = inside[caller] = Inside(_is_as_read(state, own))
@@ -553,8 +559,8 @@ def _capture(
             return None
     call, reason = _captured_call(module, state, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
-        is_known = state.is_given_away or state.speculation.needs_gradient
-        if is_known and call is not None and call.context[0]:
+        is_known = state.speculation.needs_gradient and not _runs_again(state, inside)
+        if (is_known or state.is_given_away) and call is not None and call.context[0]:
             # A kernel in its place would leave it without a way to the output in the graph.
             reason = f"gradients are recorded, and the output of {state.name} is given to others"
             call = None
@@ -563,6 +569,10 @@ def _capture(
         return None
     if inside is not None:
         inside.calls.append(weakref.ref(call))
+        checkpoint = checkpoint_of(inside.hooks)
+        if checkpoint is not None:
+            state.checkpoints = state.checkpoints or weakref.WeakSet()
+            state.checkpoints.add(checkpoint)
     if state.outputs == 1:
         return DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
@@ -582,9 +592,20 @@ def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
         return f"{state.name} is in a checkpoint, or under other hooks for saved tensors, alone"
     if inside.backward != torch._C._current_graph_task_id():
         return f"{state.name} is called in a backward"
-    if state.speculation.used_in_compiled_code:
+    if state.speculation.used_in_compiled_code and not _runs_again(state, inside):
         return f"the output of {state.name} goes into compiled code"
     return None
+
+
+def _runs_again(state: ModuleState, inside: Inside | None) -> bool:
+    """Whether a checkpoint runs a forward again in which a call of this module was captured.
+
+    What was learned since does not count there: the saved tensors would be those of other code.
+    """
+    known = state.checkpoints
+    if inside is None or not known:
+        return False
+    return checkpoint_of(inside.hooks) in known
 
 
 def _captured_call(

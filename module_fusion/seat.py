@@ -164,6 +164,15 @@ class FusedKernel(nn.Module):
         members = self.members()
         states = list(map(state_of, members))
         forms = [None if state is None else state.form for state in states]
+        learned = [
+            (
+                state.speculation,
+                state.speculation.used_in_compiled_code,
+                state.speculation.needs_gradient,
+            )
+            for state in states[:-1]
+            if state is not None
+        ]
 
         def restore() -> None:
             if list(map(state_of, members)) != states:
@@ -178,6 +187,9 @@ class FusedKernel(nn.Module):
                 if state is not None:
                     state.armed += int(before["_armed"]) - int(now["_armed"])
                     state.form = form
+            for speculation, used_in_compiled_code, needs_gradient in learned:
+                speculation.used_in_compiled_code |= used_in_compiled_code
+                speculation.needs_gradient |= needs_gradient
 
         return restore
 

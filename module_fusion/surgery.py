@@ -7,6 +7,7 @@ fails afterwards, such as a kernel that does not load, is undone in reverse orde
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,21 +135,18 @@ def apply_jobs(
     """Fuse what was planned, all or nothing.
 
     Returns:
-        Steps that give chains which were fused before their kernels back.
+        Steps that give chains which were fused before their kernels back, to be taken in reverse
+        order.
     """
     new = [job for job in jobs if not job.is_fused]
     check_no_overlap(new)
     undo: list[Callable[[], None]] = []
     kernels_before: list[Callable[[], None]] = []
     try:
-        for job in jobs:
-            if job.is_fused:
-                set_holders(job)
-                take_back = job.chain.refuse(job.refusal)
-                undo.append(take_back)
-                kernels_before.append(take_back)
-            else:
-                _apply(job, undo)
+        kernels_before += read_again(jobs)
+        undo += kernels_before
+        for job in new:
+            _apply(job, undo)
         with code_read_once():
             for job in jobs if kernel is not None else ():
                 restore = restorer_of_kernel(job.chain)
@@ -163,6 +161,23 @@ def apply_jobs(
     finally:
         forget_prepared(jobs)
     return kernels_before
+
+
+def read_again(jobs: Sequence[Job]) -> list[Callable[[], None]]:
+    """Have chains that were fused before go by the code around them as it is now.
+
+    Returns:
+        Steps that take that back, to be taken in reverse order.
+    """
+    again = [job for job in jobs if job.is_fused]
+    read = Counter(id(job.chain.boundary) for job in again)
+    take_back = []
+    for job in again:
+        set_holders(job)
+        boundary = job.chain.boundary
+        is_read = boundary is not None and read[id(boundary)] == boundary.boundary_of
+        take_back.append(job.chain.refuse(job.refusal, is_read))
+    return take_back
 
 
 def forget_prepared(jobs: Sequence[Job]) -> None:
@@ -238,7 +253,7 @@ def fused(
         yield result
     finally:
         undo_chains(model, [found for found in mine if state_of(found.last) is found.state], [])
-        for restore in kernels_before:
+        for restore in reversed(kernels_before):
             restore()
 
 

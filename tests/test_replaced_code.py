@@ -676,6 +676,110 @@ def test_a_call_that_was_kept_while_fused_runs_the_modules_after_unfusing(kept: 
     torch.testing.assert_close(found, expected)
 
 
+def as_chains_of_blocks(model: nn.Module) -> Any:
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x)
+    fuse_other(model, "0", "1")
+    return model
+
+
+def collector_as_last(model: nn.Module) -> Any:
+    call = model[0].norm.__call__
+    fuse_other(model, "0.norm")
+    return lambda x: model[1](x + model[0].mlp(call(x)))
+
+
+def last_as_collector(model: nn.Module) -> Any:
+    call = model[0].mlp.__call__
+    fuse_other(model, "0.mlp", "1.norm")
+    return lambda x: model[1](x + call(model[0].norm(x)))
+
+
+def last_as_boundary(model: nn.Module) -> Any:
+    call = model[0].mlp.__call__
+    fuse_other(model, "0.mlp.gate", "0.mlp.down")
+    return lambda x: model[1](x + call(model[0].norm(x)))
+
+
+def fuse_other(model: nn.Module, *paths: str) -> None:
+    unfuse_modules(model)
+    kernel = "K" if paths[-1].endswith("down") else None
+    with mapped(K=members_kernel(1)):
+        fuse_modules(model, list(paths), kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    "then", [as_chains_of_blocks, collector_as_last, last_as_collector, last_as_boundary]
+)
+@pytest.mark.parametrize("kernel", [None, "K"])
+def test_a_call_that_was_kept_runs_the_module_in_its_other_role(
+    then: Callable[[nn.Module], Any], kernel: str | None
+) -> None:
+    model, x = nn.Sequential(Block(Norm, Mlp), Block(Norm, Mlp)), torch.randn(4, HIDDEN)
+    expected = model(x)
+    with mapped(K=members_kernel(1)):
+        fuse_modules(model, {"norm": "*.norm", "mlp": "*.mlp"}, kernel=kernel)
+    assert torch.equal(then(model)(x), expected)
+
+
+class CopiesItself(Block):
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def test_a_block_that_copies_itself_has_its_kernel_from_the_first_call_on() -> None:
+    model, x = nn.Sequential(CopiesItself(Norm, Mlp)), torch.randn(4, HIDDEN)
+    fuse_pair(model, "*.norm", "*.mlp")
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    assert [(g.kernel_calls, g.reason) for g in report(copied).groups] == [(1, None)]
+
+
+@pytest.mark.parametrize("how", ["fuse", "fuse_modules"])
+def test_fusing_again_reads_a_forward_around_two_chains(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Layers(Block):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            pairs = [nn.ModuleDict({"norm": Norm(), "mlp": Mlp()}) for _ in range(2)]
+            self.layers = nn.ModuleList(pairs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer["mlp"](layer["norm"](x))
+            return x
+
+    def other(self: Any, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = 2 * x + layer["mlp"](layer["norm"](x))
+        return x
+
+    model, x, forward = nn.Sequential(Layers()), torch.randn(4, HIDDEN), Layers.forward
+    twin = copy.deepcopy(model)
+    paths = {"norm": "0.layers.*.norm", "mlp": "0.layers.*.mlp"}
+    fuse_modules(model, paths, kernel="RMSNormMLP")
+    monkeypatch.setattr(Layers, "forward", other)
+    assert torch.equal(model(x), twin(x))
+    with fused(model, paths, kernel="RMSNormMLP"):
+        torch.testing.assert_close(model(x), twin(x))
+        assert [group.kernel_calls for group in report(model).groups] == [1, 1]
+    assert torch.equal(model(x), twin(x))
+    monkeypatch.setattr(Layers, "forward", forward)
+    torch.testing.assert_close(model(x), twin(x))
+    assert [group.kernel_calls for group in report(model).groups] == [2, 2]
+    monkeypatch.setattr(Layers, "forward", other)
+    assert torch.equal(model(x), twin(x))
+    if how == "fuse":
+        fuse(model)
+    else:
+        fuse_modules(model, paths, kernel="RMSNormMLP")
+    torch.testing.assert_close(model(x), twin(x))
+    assert [group.kernel_calls for group in report(model).groups] == [3, 3]
+
+
 def scaled(x: Tensor, eps: float = 1e-6, *, dim: int = -1) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + eps)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import Mlp, Norm, mapped, members_kernel, runs
+from support import Mlp, Norm, WeightKernel, mapped, members_kernel, runs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from written import PATHS, path_of
 
-from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, unfuse_modules
+from module_fusion import DeferredUseError, ModuleSpec, fuse_modules, report, unfuse_modules
+from module_fusion.modules import state_of
 
 Part = Callable[[Tensor], Tensor]
 
@@ -214,6 +215,54 @@ def test_many_blocks_beside_compiled_code_are_compiled_no_more_often(
     for _ in range(3):
         assert torch.equal(model(x), expected)
     assert counter.frame_count <= 1 + after
+
+
+class Alike(nn.Module):
+    """What is learned of the value in one block, all blocks of the same classes know."""
+
+    def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.then = Norm(), Mlp(), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.then(x + self.mlp(h), h)
+
+
+def keep(y: Tensor, h: Tensor) -> Tensor:
+    return y.add([h.float()][0], alpha=0)
+
+
+@torch.compile(backend="eager")
+def half(h: Tensor) -> Tensor:
+    return h * 0.5
+
+
+@pytest.mark.parametrize("then", [keep, lambda y, h: y + half(h)], ids=["given away", "compiled"])
+def test_what_is_learned_in_between_does_not_change_what_is_run_again(
+    x: Tensor, then: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """The first block is in a checkpoint; the second teaches both to run the members."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([Alike(lambda y, h: y), Alike(then)]).to(x.device)
+
+    def run(x: Tensor) -> Tensor:
+        return model[1](checkpoint(model[0], x, use_reentrant=False))  # type: ignore[no-any-return]
+
+    expected = gradients(run, model, x)
+    with mapped(K=WeightKernel):
+        fuse_modules(model, {"norm": "*.norm", "mlp": "*.mlp"}, kernel="K")
+    if then is keep:
+        with pytest.warns(UserWarning, match="is given to others"):
+            assert_close(gradients(run, model, x), expected)
+    else:
+        assert_close(gradients(run, model, x), expected)
+    first = report(model).groups[0]
+    assert (first.kernel_calls, first.member_calls) == (2, 0)
+    assert_close(gradients(run, model, x), expected)
+    assert report(model).groups[0].member_calls == 2
+    gc.collect()
+    assert not state_of(model[0].norm).checkpoints  # type: ignore[union-attr]
 
 
 class Uncounted(Mlp):

@@ -16,7 +16,7 @@ from support import PATHS, Block, Model, WeightKernel, mapped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from module_fusion import DeferredUseError, fuse_modules, report
+from module_fusion import DeferredUseError, fuse_modules, fused, report
 from module_fusion.uses import gives_away
 
 Output = namedtuple("Output", "hidden pooled")
@@ -361,6 +361,29 @@ def test_a_value_that_leaves_unseen_in_a_checkpoint_is_an_error_once_and_then_ri
 
     call = functools.partial(checkpoint, use_reentrant=False)
     check_refused_once(forward, x, call, slopes, r"given to others in a checkpoint.*again")
+
+
+def dry_run(model: nn.Module) -> None:
+    with mapped(K=WeightKernel):
+        fuse_modules(model, ["norm", "mlp"], kernel="K", dry_run=True)
+
+
+def fused_for_a_while(model: nn.Module) -> None:
+    with mapped(K=WeightKernel), fused(model, ["norm", "mlp"], kernel="K"):
+        pass
+
+
+@pytest.mark.parametrize("between", [dry_run, fused_for_a_while])
+def test_that_a_value_leaves_unseen_is_not_forgotten(
+    between: Callable[[nn.Module], None], x: Tensor
+) -> None:
+    block = model_with(through_a_method, x)
+    with GIVEN:
+        block(x.clone().requires_grad_())
+    between(block)
+    members = model_with(through_a_method, x, is_fused=False)
+    torch.testing.assert_close(gradients_of(block, x), gradients_of(members, x), rtol=0, atol=0)
+    assert report(block).groups[0].member_calls == 1
 
 
 def check_refused_once(

@@ -27,8 +27,8 @@ from ..surgery import (
     apply_jobs,
     check_arguments,
     forget_prepared,
+    read_again,
     restorer_of_kernel,
-    set_holders,
     undo_chains,
 )
 from .certificate import Certificate, Certificates, Samples
@@ -225,12 +225,11 @@ def _fuse_family(
     # A kernel that is there already stays, such as one of the user's own, and looks at the
     # members as they are now.
     empty = [job for job in jobs if not (job.is_fused and job.chain.armed)]
+    kept = [job for job in jobs if job not in empty]
+    restore += read_again(kept)
     with code_read_once():
-        for job in jobs:
-            if job not in empty:
-                restore.append(job.chain.refuse(job.refusal))
-                job.chain.seat._arm()  # type: ignore[union-attr]
-                set_holders(job)
+        for job in kept:
+            job.chain.seat._arm()  # type: ignore[union-attr]
     restored, failed = _apply(model, empty, family.kernel, mode, device)
     restore += restored
     fused += [job.found() for job in new if id(job) not in failed]
