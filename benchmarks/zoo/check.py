@@ -202,7 +202,7 @@ def check_fuse(built: Built, expected: Expected) -> dict[str, Any]:
                 check_alike(with_grad, backward.outputs, "with `fuse` and gradients")
                 backwards.append((backward, with_grad, now))
         then = _groups(built) if backwards else {}
-    exact = None if expected.exact is None else expected.exact.outputs
+    exact = expected.exact_outputs
     reference = check_accuracy(outputs, expected.outputs, exact)
     shares = []
     for backward, with_grad, now in backwards:

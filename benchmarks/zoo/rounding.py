@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,14 +89,18 @@ def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) ->
 
 
 def check_accuracy(
-    found: list[Any], before: list[Any], exact: list[Any] | None, how: str = "of `fuse`"
+    found: list[Any],
+    before: list[Any],
+    exact_outputs: Callable[[], list[Any] | None],
+    how: str = "of `fuse`",
 ) -> str:
     """The fused outputs are as close to float64 as the unfused ones.
 
     Args:
         found: of the fused model.
         before: of the unfused one.
-        exact: of a twin in float64, None if there is none.
+        exact_outputs: gives those of a twin in float64, None if there is none; the model must be
+            unfused.
         how: the model was fused and run, for the fault.
 
     Returns:
@@ -106,6 +111,7 @@ def check_accuracy(
     """
     if same_bits(found, before):
         return "same bits"
+    exact = exact_outputs()
     truths = before if exact is None else exact
     # Without a twin both are within rounding of each other.
     theirs = 1e-6 if exact is None else relative_error(before, exact)
