@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,8 @@ from support import mapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from module_fusion import VerificationReport, fuse_modules, verify
+from module_fusion import ModuleSpec, VerificationReport, fuse_modules, verify
+from module_fusion.verifying import watching
 
 PATHS = {"norm": "0.norm", "mlp": "0.mlp"}
 
@@ -391,3 +393,191 @@ def test_modules_that_ran_themselves_on_another_value_are_not_blamed() -> None:
     model, x = nn.Sequential(CallsAgain(8, 16)), torch.randn(4, 8)
     fuse_modules(model, PATHS, kernel="RMSNormMLP")
     assert verify(model, x, gradients=True).problems == ()
+
+
+class TwoStreams(Block):
+    """The norm has been called twice before the MLP is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.norm(x)
+        b = self.norm(2 - x)
+        return self.joined(a, b)
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.mlp(a) + self.mlp(b)
+
+
+class Reversed(TwoStreams):
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.mlp(b) + self.mlp(a)
+
+
+class FirstAgain(TwoStreams):
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.mlp(b) + self.mlp(a) + self.mlp(a)
+
+
+def verified_streams(
+    block: type[Block],
+    around: type[nn.Module] = nn.Sequential,
+    before: Callable[[], object] = lambda: None,
+) -> VerificationReport:
+    torch.manual_seed(0)
+    model = around(block(32, 64)).bfloat16()
+    with mapped(K=kernel_of(_independently_rounded)):
+        fuse_modules(model, PATHS, kernel="K")
+    before()
+    report = verify(model, torch.randn(4, 32).bfloat16())
+    assert not report.equal
+    return report
+
+
+@pytest.mark.parametrize(("block", "calls"), [(TwoStreams, 2), (Reversed, 2), (FirstAgain, 3)])
+def test_a_kernel_is_compared_with_the_call_whose_output_the_last_member_is_given(
+    block: type[Block], calls: int
+) -> None:
+    report = verified_streams(block)
+    assert report.problems == ()
+    assert report.groups[0].kernel_calls == calls
+
+
+def _other_call(self: TwoStreams, a: Tensor, b: Tensor) -> Tensor:
+    return self.mlp(a) + self.mlp(a if type(b) is Tensor else b)
+
+
+def _doubled_in_place(self: TwoStreams, a: Tensor, b: Tensor) -> Tensor:
+    if type(a) is Tensor:
+        a.mul_(2)
+    return self.mlp(a) + self.mlp(b)
+
+
+@pytest.mark.parametrize(
+    ("joined", "said"),
+    [
+        (_other_call, "the kernel was given other inputs than the modules are"),
+        (_doubled_in_place, "something else than the output of 'norm', and the kernel does not"),
+    ],
+)
+def test_of_several_calls_the_output_of_another_or_a_changed_one_is_found(
+    joined: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = verified_streams(
+        TwoStreams, before=lambda: monkeypatch.setattr(TwoStreams, "joined", joined)
+    )
+    assert said in str(report)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.weight, x + self.weight
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor | None) -> Tensor:
+        return self.linear(a) if b is None else self.linear(a) + b
+
+
+class Several(nn.Module):
+    """The last member takes both outputs of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.last = Two(), Last()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(self.last(x, x))
+
+    def joined(self, x: Tensor) -> Tensor:
+        first, second = self.two(x), self.two(x + 1)
+        return self.last(*first) + self.last(*second)
+
+
+def verified_several(before: Callable[[], object] = lambda: None) -> VerificationReport:
+    def function(self: Any, x: Tensor) -> Tensor:
+        weight, linear = self.two.weight, self.last.linear
+        wide = F.linear((x * weight).double(), linear.weight.double(), linear.bias.double())
+        return (wide + (x + weight)).to(x.dtype)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Several())
+    specs = [ModuleSpec(["x"], ["a", "b"]), ModuleSpec(["a", "b"], ["y"])]
+    with mapped(K=kernel_of(function)):
+        fuse_modules(model, {"two": "*.two", "last": "*.last"}, specs, kernel="K")
+    before()
+    report = verify(model, torch.randn(4, 8))
+    assert not report.equal
+    return report
+
+
+def test_a_last_member_that_is_called_before_one_with_several_outputs_is_followed() -> None:
+    report = verified_several()
+    assert report.problems == ()
+    assert (report.groups[0].kernel_calls, report.groups[0].member_calls) == (2, 1)
+
+
+def test_none_in_the_place_of_an_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(self: Several, x: Tensor) -> Tensor:
+        a, b = self.two(x)
+        return self.last(a, None if type(b) is Tensor else b)
+
+    report = verified_several(lambda: monkeypatch.setattr(Several, "joined", joined))
+    assert "something else than the output of 'two'" in str(report)
+
+
+class Three(TwoStreams):
+    """Two members feed each other before the last one."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__(hidden, intermediate)
+        self.inner = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.norm(x), self.norm(2 - x)
+        # Not in the order of the norms.
+        d, c = self.inner(b), self.inner(a)
+        return self.joined(c, d)
+
+
+def test_calls_are_told_apart_through_every_member_of_a_chain() -> None:
+    def function(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.inner(self.norm(x)).float().to(x.dtype)) * (1 + 2**-23)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Three(32, 64))
+    paths = {"norm": "0.norm", "inner": "0.inner", "mlp": "0.mlp"}
+    with mapped(K=kernel_of(function)):
+        fuse_modules(model, paths, kernel="K")
+    report = verify(model, torch.randn(4, 32))
+    assert report.problems == ()
+    assert not report.equal
+    assert report.groups[0].kernel_calls == 2
+
+
+class FiveTimes(nn.Sequential):
+    """Counts the calls of members that `verify` keeps, after each of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for _ in range(5):
+            x = self[0](x)
+            kept.append(sum(type(o) is watching.MemberCall for o in gc.get_objects()))
+        KEPT.append(kept)
+        return x
+
+
+KEPT: list[list[int]] = []
+
+
+def test_calls_of_members_are_kept_while_the_model_has_their_outputs() -> None:
+    with torch.no_grad():
+        report = verified_streams(Block, FiveTimes)
+    assert report.groups[0].kernel_calls == 5
+    assert KEPT[-1] == [1] * 5

@@ -6,6 +6,7 @@ The checks are those of `benchmarks/zoo`, which goes over every architecture.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 import sys
@@ -347,6 +348,18 @@ def _gradient_times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
+def _off_with_gradients(by: float, every: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of so many outputs the last is off where gradients are recorded; its gradient is not."""
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or next(calls) % every:
+            return output
+        return output + by * output.detach()
+
+    calls = itertools.count(1)
+    return change
+
+
 def _drawing(draw: Callable[[], object]) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(output: torch.Tensor) -> torch.Tensor:
         draw()
@@ -482,6 +495,8 @@ def _raise(model: nn.Module) -> None:
         (_after_kernels(True, _gradient_times(1 + 5e-5)), "fuse", "the gradient of .* with `fuse`"),
         (_after_kernels(True, _gradient_times(0)), "fuse", "the gradient of .* with `fuse`"),
         (_after_kernels(True, lambda y: y * (1 + 1e-4)), "fuse", "accuracy of `fuse`"),
+        (_after_kernels(True, _off_with_gradients(1, 2)), "fuse", "accuracy of `fuse`, with grad"),
+        (_after_kernels(True, _off_with_gradients(1e-5, 1)), "fuse", "accuracy of `fuse`, with"),
         (_after_kernels(True, _marked), "fuse", "outputs differ with `fuse`: Marked .* for Tensor"),
         (_without_a_kernel, "->", "outputs differ without a kernel"),
         (_without_a_kernel_or_gradients, "->", "outputs differ without a kernel"),
@@ -574,7 +589,7 @@ PAIR = ("layers.*.norm", "layers.*.mlp")
         (
             extras.check_compiled,
             _never_where(torch.compiler.is_dynamo_compiling, "why"),
-            "compiled: 0 of 2 calls of kernels are in the graph with `fuse`",
+            "compiled, with `fuse`: 0 of 2 calls of kernels are in the graph",
         ),
     ],
 )
@@ -670,6 +685,39 @@ def test_a_gradient_of_a_graph_is_compared(monkeypatch: pytest.MonkeyPatch) -> N
             _after_kernels(is_family, another_gradient)(planted)
             with pytest.raises(compare.Fault, match=f"the gradient of .* differs compiled.*{how}"):
                 extras.check_compiled(built, expected, PAIR, True)
+
+
+def _traced_with_gradients() -> bool:
+    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
+
+
+def _off_where_traced(y: torch.Tensor) -> torch.Tensor:
+    return y + 1e-5 * y.detach() if _traced_with_gradients() else y
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (_after_kernels(True, _off_where_traced), "with gradients, with `fuse`: accuracy of"),
+        (
+            _after_kernels(False, _off_where_traced),
+            "outputs differ compiled, with gradients, with .* fused",
+        ),
+        (
+            _never_where(_traced_with_gradients, "why"),
+            "with gradients, with `fuse`: 0 of 2 calls of kernels are in the graph",
+        ),
+    ],
+)
+def test_a_fault_in_a_graph_with_gradients_alone_is_found(
+    plant: Plant, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    plant(monkeypatch)
+    assert extras.check_compiled(built, expected, PAIR) == "same"
+    with pytest.raises(compare.Fault, match=fault):
+        extras.check_compiled(built, expected, PAIR, True)
 
 
 def test_a_sweep_goes_on_after_a_row_that_was_not_written_whole(
@@ -799,12 +847,11 @@ def test_a_small_output_is_compared_beside_a_large_one() -> None:
         return [values.get(i, value) for i, value in enumerate(expected.outputs)]
 
     large, small = (expected.outputs[place] for place in places)
-    rounding.check_accuracy(outputs(large * (1 + 2**-23), small), expected)
-    for twin in (True, False):
-        if not twin:
-            expected.__dict__["exact"] = None
+    for exact in (expected.exact_outputs, lambda: None):
+        near, far = (1 + 2**-23) * large, torch.zeros_like(small)
+        rounding.check_accuracy(outputs(near, small), expected.outputs, exact)
         with pytest.raises(compare.Fault, match=r"of output \d alone"):
-            rounding.check_accuracy(outputs(large, torch.zeros_like(small)), expected)
+            rounding.check_accuracy(outputs(large, far), expected.outputs, exact)
 
 
 def test_a_twin_without_finite_gradients_tells_nothing_of_their_rounding() -> None:
@@ -831,13 +878,14 @@ def test_without_a_float64_twin_the_outputs_of_fuse_are_compared_with_the_unfuse
 ) -> None:
     built = tiny()
     expected = compare.expectation(built)
-    near = [expected.outputs[0] * (1 + 2**-23)]
-    assert rounding.check_accuracy(near, expected) == "float64"
-    expected = dataclasses.replace(expected)
+    near, far = ([expected.outputs[0] * (1 + by)] for by in (2**-23, 1e-4))
+    outputs, exact = expected.outputs, expected.exact_outputs
+    assert rounding.check_accuracy(near, outputs, exact) == "float64"
+    exact = dataclasses.replace(expected).exact_outputs
     monkeypatch.setattr(compare, "FAR", 0.0)
-    assert rounding.check_accuracy(near, expected) == "unfused"
+    assert rounding.check_accuracy(near, outputs, exact) == "unfused"
     with pytest.raises(compare.Fault, match="accuracy of `fuse`"):
-        rounding.check_accuracy([expected.outputs[0] * (1 + 1e-4)], expected)
+        rounding.check_accuracy(far, outputs, exact)
 
 
 class Holder:

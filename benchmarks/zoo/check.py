@@ -186,7 +186,7 @@ def check_fuse(built: Built, expected: Expected) -> dict[str, Any]:
     Raises:
         Fault: something is not what it was, up to rounding; or any error, of whatever type.
     """
-    gradients = []
+    backwards = []
     with all_families(built, expected) as found:
         outputs = flat(run(built.model, built.inputs))
         check_drawn(expected.drawn, "with `fuse`")
@@ -200,10 +200,14 @@ def check_fuse(built: Built, expected: Expected) -> dict[str, Any]:
                 with_grad, now = gradients_of(built.model, built.inputs, of_inputs)
                 check_drawn(backward.drawn, "with `fuse` and gradients")
                 check_alike(with_grad, backward.outputs, "with `fuse` and gradients")
-                gradients.append(now)
-        then = _groups(built) if gradients else {}
-    reference = check_accuracy(outputs, expected)
-    shares = [check_gradients(now, expected, ANOTHER_KERNEL, "with `fuse`") for now in gradients]
+                backwards.append((backward, with_grad, now))
+        then = _groups(built) if backwards else {}
+    exact = expected.exact_outputs
+    reference = check_accuracy(outputs, expected.outputs, exact)
+    shares = []
+    for backward, with_grad, now in backwards:
+        check_accuracy(with_grad, backward.outputs, exact, "of `fuse`, with gradients")
+        shares.append(check_gradients(now, expected, ANOTHER_KERNEL, "with `fuse`"))
     rows = [_row(group, ran, then) for group in found.groups]
     check_ran_with_gradients(rows)
     return {"groups": rows, "reference": reference, "gradients": max(shares, default=0.0)}

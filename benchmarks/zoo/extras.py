@@ -20,10 +20,10 @@ from .build import Built, run, seed
 from .check import all_families, fused_by_path
 from .compare import (
     FAR,
-    Exact,
     Expected,
     Fault,
     check_alike,
+    check_outputs,
     in_float64,
     kept_values,
 )
@@ -35,6 +35,7 @@ NEW_TOKENS = 8
 OPTIONS: tuple[dict[str, Any], ...]
 OPTIONS = ({"eos_token_id": None}, {"eos_token_id": None, "decoder_start_token_id": 0}, {})
 Pair = tuple[str, str]
+Results = tuple[list[Any], dict[str, torch.Tensor | None]]
 
 
 def in_sample(architecture: str, every: int) -> bool:
@@ -67,7 +68,7 @@ def check_generate(built: Built, expected: Expected, pair: Pair | None) -> str |
         found = generated(built)
     if not same_bits(found[:1], before[:1]):
         raise Fault("generate: other tokens with `fuse`")
-    _check_close(found, before, expected, generated, "generate, with `fuse`")
+    _check_close(found, before, built, generated, "generate, with `fuse`")
     if pair is not None:
         with fused_by_path(built, pair):
             if not same_bits(generated(built), before):
@@ -96,48 +97,42 @@ def check_compiled(
 
     Args:
         pair: one that is fused by path too.
-        with_gradients: whether the gradients are compared too, which takes several times as long.
+        with_gradients: whether one with gradients is compared too, which takes much longer.
 
     Raises:
         Fault: the fused model does not compile, or gives something else.
     """
+    found = _check_graph(built, expected, pair, False)
+    if found is not None or not with_gradients or expected.gradients is None:
+        return found or "same"
+    found = _check_graph(built, expected, pair, True)
+    return "same, gradients too" if found is None else f"same; with gradients {found}"
+
+
+def _check_graph(
+    built: Built, expected: Expected, pair: Pair | None, with_gradients: bool
+) -> str | None:
+    """Why there is no graph of the unfused model to compare with, None where there is."""
+    how = "compiled, with gradients" if with_gradients else "compiled"
     values = plain_values(built.model)
     try:
-        before = _compiled(built)
+        before, gradients = _compiled(built, with_gradients)
     except Exception as error:
         return f"the unfused model does not compile: {type(error).__name__}"
     renewed = _renewed(built, expected, values)
+    unfused = dataclasses.replace(renewed, gradients=gradients)
+    if with_gradients:
+        unfused.__dict__["exact"] = expected.exact
     with all_families(built, renewed):
-        found = _compiled_on_kernel(built, "with `fuse`")
-    _check_close(found, before, expected, _run, "compiled, with `fuse`")
+        found, now = _compiled_on_kernel(built, with_gradients, f"{how}, with `fuse`")
+    _check_close(found, before, built, _run, f"{how}, with `fuse`")
+    check_gradients(now, unfused, ANOTHER_KERNEL, f"{how}, with `fuse`")
     if pair is not None:
         with fused_by_path(built, pair):
-            found = _compiled_on_kernel(built, f"with {pair} fused")
-            if not same_bits(found, before):
-                error = relative_error(found, before)
-                raise Fault(f"compiled: outputs differ by {error:.1e} with {pair} fused")
-    if not with_gradients or expected.gradients is None:
-        return "same"
-    try:
-        unfused = dataclasses.replace(renewed, gradients=_compiled_gradients(built))
-    except Exception as error:
-        return f"same; with gradients the unfused model does not compile: {type(error).__name__}"
-    unfused.__dict__["exact"] = expected.exact
-    with all_families(built, renewed):
-        gradients = _compiled_gradients(built)
-    check_gradients(gradients, unfused, ANOTHER_KERNEL, "compiled, with `fuse`")
-    if pair is not None:
-        with fused_by_path(built, pair):
-            gradients = _compiled_gradients(built)
-        check_gradients(gradients, unfused, ANOTHER_ORDER, f"compiled, with {pair} fused")
-    return "same, gradients too"
-
-
-def _compiled_gradients(built: Built) -> dict[str, torch.Tensor | None]:
-    """Those of one graph, by the names of the model."""
-    with _one_graph(built) as model:
-        _, gradients = gradients_of(model, built.inputs)
-    return {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+            found, now = _compiled_on_kernel(built, with_gradients, f"{how}, with {pair} fused")
+        check_outputs(found, before, f"{how}, with {pair} fused")
+        check_gradients(now, unfused, ANOTHER_ORDER, f"{how}, with {pair} fused")
+    return None
 
 
 def _renewed(built: Built, expected: Expected, values: dict[tuple[str, str], str]) -> Expected:
@@ -153,7 +148,7 @@ def _run(built: Built) -> list[Any]:
 def _check_close(
     found: list[Any],
     before: list[Any],
-    expected: Expected,
+    built: Built,
     run: Callable[[Built], list[Any]],
     how: str,
 ) -> None:
@@ -164,45 +159,41 @@ def _check_close(
     """
     try:
         check_alike(found, before, "from those of the unfused model")
-        if same_bits(found, before):
-            return
-        other = dataclasses.replace(expected, outputs=before)
-        other.__dict__["exact"] = _exact(before, expected.built, run)
-        check_accuracy(found, other)
+        check_accuracy(found, before, partial(_exact, before, built, run))
     except Fault as fault:
         raise Fault(f"{how}: {fault}") from fault
 
 
-def _exact(before: list[Any], built: Built, run: Callable[[Built], list[Any]]) -> Exact | None:
+def _exact(before: list[Any], built: Built, run: Callable[[Built], list[Any]]) -> list[Any] | None:
     """What a twin in float64 gives where it does the same."""
     try:
         outputs = run(in_float64(built))
-        error = relative_error(before, outputs)
+        return outputs if relative_error(before, outputs) < FAR else None
     except Exception:
         return None
-    return Exact(outputs, error, {}) if error < FAR else None
 
 
-def _compiled_on_kernel(built: Built, how: str) -> list[Any]:
-    """The outputs of one graph, which has the kernel wherever it runs without a graph.
+def _compiled_on_kernel(built: Built, with_gradients: bool, how: str) -> Results:
+    """What one graph gives, which has the kernel wherever it runs without a graph.
 
     Raises:
         Fault: the members are in the graph instead.
     """
-    run(built.model, built.inputs)  # It tells whether the members' outputs are used elsewhere.
+    # It tells whether the members' outputs are used elsewhere.
+    _results(built.model, built, with_gradients)
     before = report(built.model).groups
-    run(built.model, built.inputs)
+    _results(built.model, built, with_gradients)
     calls = {
         now.paths: now.kernel_calls - earlier.kernel_calls
         for earlier, now in zip(before, report(built.model).groups, strict=True)
     }
     _TRACED.clear()
     with _counting():
-        outputs = _compiled(built)
+        found = _compiled(built, with_gradients)
     wanted = sum(count for paths, count in calls.items() if not _why_not_in_graph(built, paths))
     if len(_TRACED) < wanted:
-        raise Fault(f"compiled: {len(_TRACED)} of {wanted} calls of kernels are in the graph {how}")
-    return outputs
+        raise Fault(f"{how}: {len(_TRACED)} of {wanted} calls of kernels are in the graph")
+    return found
 
 
 def _why_not_in_graph(built: Built, paths: tuple[str, ...]) -> str | None:
@@ -235,17 +226,21 @@ def _counting() -> Iterator[None]:
         Chain.run_kernel = real  # type: ignore[method-assign]
 
 
-def _compiled(built: Built) -> list[Any]:
-    with _one_graph(built) as model, torch.no_grad():
-        return flat(model(**built.inputs))
-
-
-@contextmanager
-def _one_graph(built: Built) -> Iterator[Any]:
-    """The model compiled whole, and nothing compiled before or after."""
+def _compiled(built: Built, with_gradients: bool) -> Results:
+    """What one graph gives, and nothing is compiled before or after."""
     torch.compiler.reset()
-    seed()
     try:
-        yield torch.compile(built.model, fullgraph=True, backend="aot_eager")
+        model = torch.compile(built.model, fullgraph=True, backend="aot_eager")
+        outputs, gradients = _results(model, built, with_gradients)
     finally:
         torch.compiler.reset()
+    return outputs, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}
+
+
+def _results(model: Any, built: Built, with_gradients: bool) -> Results:
+    """The outputs; and the gradients, where they are asked for."""
+    seed()
+    if with_gradients:
+        return gradients_of(model, built.inputs)
+    with torch.no_grad():
+        return flat(model(**built.inputs)), {}

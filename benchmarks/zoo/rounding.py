@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,8 +88,20 @@ def _floor(name: str, dtype: torch.dtype, largest: float, expected: Expected) ->
     return min(max(NOISE * noise, unit), max(100 * unit, 2 * noise))
 
 
-def check_accuracy(found: list[Any], expected: Expected) -> str:
-    """The fused outputs are as close to float64 as the unfused ones; the model must be unfused.
+def check_accuracy(
+    found: list[Any],
+    before: list[Any],
+    exact_outputs: Callable[[], list[Any] | None],
+    how: str = "of `fuse`",
+) -> str:
+    """The fused outputs are as close to float64 as the unfused ones.
+
+    Args:
+        found: of the fused model.
+        before: of the unfused one.
+        exact_outputs: gives those of a twin in float64, None if there is none; the model must be
+            unfused.
+        how: the model was fused and run, for the fault.
 
     Returns:
         What they were compared with: `"same bits"`, `"float64"` or, without a twin, `"unfused"`.
@@ -96,27 +109,23 @@ def check_accuracy(found: list[Any], expected: Expected) -> str:
     Raises:
         Fault: they are not.
     """
-    if same_bits(found, expected.outputs):
+    if same_bits(found, before):
         return "same bits"
-    exact = expected.exact
-    if exact is None:
-        # Both are within rounding of each other.
-        theirs, ours = 1e-6, relative_error(found, expected.outputs)
-    else:
-        theirs, ours = exact.error, relative_error(found, exact.outputs)
+    exact = exact_outputs()
+    truths = before if exact is None else exact
+    # Without a twin both are within rounding of each other.
+    theirs = 1e-6 if exact is None else relative_error(before, exact)
+    ours = relative_error(found, truths)
     # The errors of a whole model are a matter of luck by some tens of percent.
     count = sum(v.numel() for v in found if isinstance(v, Tensor) and v.is_floating_point())
     allowed = max(LIMIT * theirs, 2e-7) * (1 + 2 / max(count, 1) ** 0.5)
     if not ours <= allowed:
-        raise Fault(f"accuracy of `fuse`: error {ours:.2e}, of the modules {theirs:.2e}")
-    truths = expected.outputs if exact is None else exact.outputs
-    for number, (mine, other, truth) in enumerate(
-        zip(found, expected.outputs, truths, strict=True)
-    ):
-        one, before = relative_error([mine], [truth]), relative_error([other], [truth])
-        if not one <= ALONE * max(before, allowed):
+        raise Fault(f"accuracy {how}: error {ours:.2e}, of the modules {theirs:.2e}")
+    for number, (mine, other, truth) in enumerate(zip(found, before, truths, strict=True)):
+        one, its = relative_error([mine], [truth]), relative_error([other], [truth])
+        if not one <= ALONE * max(its, allowed):
             raise Fault(
-                f"accuracy of `fuse`: error {one:.2e} of output {number} alone, of the modules "
-                f"{before:.2e}"
+                f"accuracy {how}: error {one:.2e} of output {number} alone, of the modules "
+                f"{its:.2e}"
             )
     return "unfused" if exact is None else "float64"

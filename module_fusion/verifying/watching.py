@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import Parameter
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -17,10 +19,15 @@ from ..chain import Chain
 from ..inventory import Found, members_of
 from ..originals import ORIGINAL, original_of
 from ..spec import External, Wire
-from .structures import leaves, same_bits, snapshot, strides_of
+from .structures import Leaf, leaves, same_bits, snapshot, strides_of, tensors_in
 
 UNKNOWN = object()
 WROTE = "the kernel wrote to its input"
+_OTHER_INPUTS = "the kernel was given other inputs than the modules are"
+_CHANGED = (
+    "the code around {!r} gives it something else than the output of {!r}, and the kernel does "
+    "not know"
+)
 
 
 @dataclass
@@ -186,9 +193,37 @@ def following(found: Sequence[Found], calls: Sequence[Call]) -> Iterator[None]:
                 hook = follower.note_inputs_of(index)
                 handle = member.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+            for index, member in enumerate(item.chain.collectors):
                 stack.callback(member.register_forward_hook(follower.note_output_of(index)).remove)
             stack.callback(item.last.register_forward_hook(follower.replace).remove)
         yield
+
+
+@dataclass
+class MemberCall:
+    """One call of a member in the unfused run that follows.
+
+    Attributes:
+        inputs: those from outside the chain, by position in its signature.
+        givers: the calls that returned what this one is given, by their member.
+        output: what it returned.
+        tensors: those that it returned, while anyone may be given them.
+    """
+
+    inputs: dict[int, Any] = field(default_factory=dict)
+    givers: dict[int, list[MemberCall]] = field(default_factory=dict)
+    output: Any = None
+    tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+    def returned(self, output: Any) -> None:
+        self.output = snapshot(output)
+        self.tensors = [weakref.ref(tensor) for tensor in tensors_in(output)]
+
+    def has_returned(self, value: Any, wire: Wire) -> bool:
+        return equal(self.output[wire.output] if wire.arity > 1 else self.output, value)
+
+    def is_alive(self) -> bool:
+        return any(tensor() is not None for tensor in self.tensors)
 
 
 class _Follower:
@@ -198,43 +233,53 @@ class _Follower:
         self.plan = found.chain.plan
         self.roles = found.chain.roles
         self.queue = queue
-        self.inputs: list[Any] = [None] * self.plan.inputs
-        self.outputs: dict[int, Any] = {}
-        self.changed: dict[int, str] = {}
+        self.running: dict[int, MemberCall] = {}
+        self.ended: dict[int, list[MemberCall]] = {}
 
     def note_inputs_of(self, index: int) -> Any:
         wiring = self.plan.members[index]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = wiring.bind(args, kwargs)
-            self.changed.pop(index, None)
+            self.running.pop(index, None)
             if isinstance(values, str):
                 return
-            for value, source in zip(values, wiring.sources, strict=True):
+            call = self.running[index] = MemberCall()
+            for value, source, default in zip(values, wiring.sources, wiring.defaults, strict=True):
                 if isinstance(source, External):
-                    self.inputs[source.position] = snapshot(value)
-                elif isinstance(source, Wire) and not self._is_output(source, value):
-                    self.changed[index] = (
-                        f"the code around {self.roles[index]!r} gives it something else than the "
-                        f"output of {self.roles[source.member]!r}, and the kernel does not know"
-                    )
+                    value = default if value is Parameter.empty else value
+                    call.inputs[source.position] = snapshot(value)
+                elif isinstance(source, Wire):
+                    known = call.givers.get(source.member, self.ended.get(source.member, []))
+                    givers = [giver for giver in known if giver.has_returned(value, source)]
+                    call.givers[source.member] = givers
 
         return hook
 
     def note_output_of(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[index] = snapshot(output)
+            call = self.running.pop(index, None)
+            if call is not None:
+                call.returned(output)
+                alive = [earlier for earlier in self.ended.get(index, []) if earlier.is_alive()]
+                self.ended[index] = [*alive, call]
 
         return hook
 
-    def _is_output(self, wire: Wire, value: Any) -> bool:
-        """Whether a member is given what another returned in the same run."""
-        output: Any = self.outputs.get(wire.member)
-        return equal(output[wire.output] if wire.arity > 1 else output, value)
+    def _why_unlike(self, index: int, call: MemberCall, inputs: list[Any]) -> str | None:
+        """Why a kernel that was given these inputs does not stand for the call of a member."""
+        if not all(equal(inputs[position], value) for position, value in call.inputs.items()):
+            return _OTHER_INPUTS
+        for member, givers in call.givers.items():
+            reasons = [self._why_unlike(member, giver, inputs) for giver in givers]
+            if all(reasons):
+                changed = _CHANGED.format(self.roles[index], self.roles[member])
+                return next(iter(reasons), changed)
+        return None
 
     def replace(self, module: nn.Module, args: Any, output: Any) -> Any:
-        changed = next(iter(self.changed.values()), None)
-        self.changed.clear()
+        last = len(self.plan.members) - 1
+        ours = self.running.pop(last, None)
         if not self.queue:
             return output
         call = self.queue.popleft()
@@ -245,18 +290,19 @@ class _Follower:
                 )
             return output
         call.theirs = snapshot(output)
-        if changed is not None:
-            call.problem = changed
-        elif not equal(call.inputs, self.inputs):
-            call.problem = "the kernel was given other inputs than the modules are"
+        problem = _OTHER_INPUTS if ours is None else self._why_unlike(last, ours, call.inputs)
+        call.problem = problem or call.problem
         return snapshot(call.output)
 
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two values have the same tensors, to the bit, with the same strides."""
     ours, theirs = leaves(a), leaves(b)
-    return len(ours) == len(theirs) and all(
-        same_bits(p.value, q.value) and strides_of(p.value) == strides_of(q.value)
-        for p, q in zip(ours, theirs, strict=True)
-        if isinstance(p.value, Tensor) and isinstance(q.value, Tensor)
-    )
+    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def _same(ours: Leaf, theirs: Leaf) -> bool:
+    a, b = ours.value, theirs.value
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return isinstance(a, Tensor) is isinstance(b, Tensor)
+    return same_bits(a, b) and strides_of(a) == strides_of(b)
