@@ -523,6 +523,45 @@ def test_a_last_member_that_is_called_before_one_with_several_outputs_is_followe
     assert (report.groups[0].kernel_calls, report.groups[0].member_calls) == (2, 1)
 
 
+class Scaled(Last):
+    def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(a, b)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1.0, float("nan")])
+def test_another_number_than_the_kernel_got_is_found(scale: float) -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two, self.last = Two(), Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.joined(x)
+
+        def joined(self, x: Tensor) -> Tensor:
+            a, b = self.two(x)
+            return self.last(a, b, scale)
+
+    def asking(self: Asking, x: Tensor) -> Tensor:
+        a, b = self.two(x)
+        return self.last(a, b, 2.0 if type(b) is Tensor else scale)
+
+    def function(self: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+        members = self.last(*self.two(x), scale)
+        return members * (1 + 2**-23)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Asking())
+    specs = [ModuleSpec(["x"], ["a", "b"]), ModuleSpec(["a", "b", "scale"], ["y"])]
+    with mapped(K=kernel_of(function)):
+        fuse_modules(model, {"two": "*.two", "last": "*.last"}, specs, kernel="K")
+    Asking.joined = asking  # type: ignore[method-assign]
+    report = verify(model, torch.randn(4, 8))
+    assert report.groups[0].kernel_calls == 1
+    found = "the kernel was given other inputs than the modules are" in str(report)
+    assert found is (scale != 2.0)
+
+
 def test_none_in_the_place_of_an_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def joined(self: Several, x: Tensor) -> Tensor:
         a, b = self.two(x)

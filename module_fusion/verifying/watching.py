@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain import Chain
+from ..deferred import IMMUTABLE
 from ..inventory import Found, members_of
 from ..originals import ORIGINAL, original_of
 from ..spec import External, Wire
@@ -296,13 +297,15 @@ class _Follower:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values have the same tensors, to the bit, with the same strides."""
+    """Whether two values have the same tensors, to the bit, with the same strides, and numbers."""
     ours, theirs = leaves(a), leaves(b)
     return len(ours) == len(theirs) and all(map(_same, ours, theirs))
 
 
 def _same(ours: Leaf, theirs: Leaf) -> bool:
     a, b = ours.value, theirs.value
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return isinstance(a, Tensor) is isinstance(b, Tensor)
-    return same_bits(a, b) and strides_of(a) == strides_of(b)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return same_bits(a, b) and strides_of(a) == strides_of(b)
+    if type(a) in IMMUTABLE and type(b) in IMMUTABLE:
+        return type(a) is type(b) and (a == b or (a != a and b != b))
+    return isinstance(a, Tensor) is isinstance(b, Tensor)
