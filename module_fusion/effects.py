@@ -181,8 +181,9 @@ _TOLD = {"self.training", "local training"}
 _NOTHING = _Findings(None, None, frozenset(), frozenset())
 
 
-def effect_of(module: nn.Module, cls: Any) -> Effect | None:
-    """The effect of running a module as an instance of this class, None if there is none."""
+def effect_of(reach: Reach) -> Effect | None:
+    """The effect of running a module, None if there is none."""
+    _, module, cls, _ = reach.places[()]
     forward = function_of(cls.forward)
     if forward is None:
         return Effect("runs code that is not Python", _always)
@@ -191,21 +192,19 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
     if may_return_none(forward):
         # No value can stand for None: `is` asks nobody.
         return Effect("may return None", _always)
-    try:
-        found = _of_method(cls, "forward")
-        what = found.always or _what_happens(Reach(module, cls))
-    except RecursionError:
-        return Effect("calls functions that call each other too deeply to be read", _always)
+    _, found = reach.runs[0]
+    what = found.always or _what_happens(reach)
     if what is not None:
         return Effect(what, _always)
     return Effect(found.in_training, _trains) if found.in_training else None
 
 
-def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
+def settings_of(reach: Reach) -> tuple[tuple[str, Any], ...]:
     """Attributes that the module's code reads, and that someone may set to another value.
 
     Numbers, names and functions; those that the code itself stores are its state.
     """
+    _, module, cls, _ = reach.places[()]
     forward = function_of(cls.forward)
     own = module.__dict__
     if forward is None:
@@ -213,7 +212,6 @@ def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
     if is_of_torch(forward):
         names = {name for name in own if not name.startswith("_")} - {"training"}
     else:
-        reach = Reach(module, cls)
         names = {names[0] for names in reach.own_uses() if names[0] in own} - reach.own_stores()
     return tuple((n, own[n]) for n in sorted(names) if isinstance(own[n], _SETTINGS))
 
@@ -260,11 +258,12 @@ def _are_others(now: Any, defaults: Any, compiling: bool) -> bool:
     return False
 
 
-def code_of(module: nn.Module, cls: Any) -> Code:
-    """The code of a module as an instance of this class: its methods and what they call.
+def code_of(reach: Reach) -> Code:
+    """The code of a module: its methods and what they call.
 
     Functions of torch itself are not among it.
     """
+    cls = reach.places[()].cls
     forward = function_of(cls.forward)
     methods: set[tuple[Any, str]] = {(cls, n) for n in ("forward", "__call__", "_call_impl")}
     functions: set[types.FunctionType] = set()
@@ -273,15 +272,9 @@ def code_of(module: nn.Module, cls: Any) -> Code:
             name = load.attributes[0] if load.kind == "own" and load.attributes else ""
             if function_of(inspect.getattr_static(cls, name, None)) is not None:
                 methods.add((cls, name))
-    elif forward is not None:
-        reach = Reach(module, cls)
-        for _, found in reach.runs:
-            methods |= found.methods
-            functions |= found.functions
-        for place, names in reach.uses:
-            value = place.module.__dict__.get(names[0])
-            if isinstance(value, (types.FunctionType, types.MethodType)):
-                functions.update(layers_of(value))
+    for _, found in reach.runs:
+        methods |= found.methods
+        functions |= found.functions
     return Code(
         tuple((owner, name, getattr(owner, name, None)) for owner, name in methods),
         tuple((f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions),
@@ -289,18 +282,27 @@ def code_of(module: nn.Module, cls: Any) -> Code:
 
 
 class _Place(NamedTuple):
-    """A module, or one below it, its class, and the names of the children that lead there."""
+    """A module, or one below it.
+
+    Attributes:
+        path: names of the children that lead there.
+        names: attributes of the instance, and of its class other than from torch.
+    """
 
     path: tuple[str, ...]
     module: nn.Module
     cls: Any
+    names: frozenset[str]
 
-    def has(self, name: str) -> bool:
-        """Whether the instance or its class has an attribute, other than from torch."""
-        if name in self.module.__dict__:
-            return True
-        owner = next((base for base in self.cls.__mro__ if name in base.__dict__), object)
-        return owner is not object and not is_of_torch(owner)
+
+def _names_of(module: nn.Module, cls: type) -> frozenset[str]:
+    names: set[str] = set()
+    for base in reversed(cls.__mro__):
+        if base is object or is_of_torch(base):
+            names -= base.__dict__.keys()
+        else:
+            names |= base.__dict__.keys()
+    return frozenset(names.union(module.__dict__))
 
 
 class Reach:
@@ -309,58 +311,69 @@ class Reach:
     What is taken of a value (a variable, an item, an argument) is taken of every one of these
     modules that has it. What a module below does at its own call is in `below`.
 
+    Args:
+        module: it.
+        cls: the class that it counts as an instance of.
+
     Attributes:
         runs: what each method does, with the module that it is called on.
         uses: attributes that are taken of a module, one after the other.
+        below: what each child reaches.
+        places: the module and those below it, by their paths.
     """
 
     def __init__(self, module: nn.Module, cls: Any) -> None:
         children = {name: child for name, child in module._modules.items() if child is not None}
         self.below = {n: Reach(child, original_of(type(child))) for n, child in children.items()}
-        top = _Place((), module, cls)
-        self.places = [top]
+        top = _Place((), module, cls, _names_of(module, cls))
+        self.places: dict[tuple[str, ...], _Place] = {(): top}
         for name, reach in self.below.items():
-            self.places += [p._replace(path=(name, *p.path)) for p in reach.places]
+            for path, place in reach.places.items():
+                self.places[(name, *path)] = place._replace(path=(name, *path))
         self.runs: list[tuple[_Place, _Findings]] = []
         self.uses: list[tuple[_Place, tuple[str, ...]]] = []
         self._known: set[tuple[tuple[str, ...], tuple[str, ...] | str]] = set()
         self.taken: set[str] = set()
         forward = function_of(cls.forward)
         if forward is not None and not is_of_torch(forward):
-            self._run(top, "forward")
+            self._run(top, functools.partial(_of_method, cls, "forward"))
         self._take(_OPERATORS.union(*(reach.taken for reach in self.below.values())))
 
-    def _run(self, place: _Place, name: str) -> None:
-        if (place.path, name) not in self._known:
-            self._known.add((place.path, name))
-            found = _of_method(place.cls, name)
-            self.runs.append((place, found))
-            for names in sorted(found.own):
-                self._use(place, names)
-            self._take(found.taken)
+    def _run(self, place: _Place, read: Callable[[], _Findings]) -> None:
+        try:
+            found = read()
+        except RecursionError:
+            what = "calls functions that call each other too deeply to be read"
+            found = _NOTHING._replace(always=what)
+        self.runs.append((place, found))
+        for names in sorted(found.own):
+            self._use(place, names)
+        self._take(found.taken)
 
     def _use(self, place: _Place, names: tuple[str, ...]) -> None:
         while names and names[0] not in place.module.__dict__:
-            child = place.module._modules.get(names[0])
+            child = self.places.get((*place.path, names[0]))
             if child is None:
                 break
-            path = (*place.path, names[0])
-            place, names = _Place(path, child, original_of(type(child))), names[1:]
+            place, names = child, names[1:]
         # The `forward` of a child is its own call, that of the module runs anyway.
         if not names or names[0] == "forward" or (place.path, names) in self._known:
             return
         self._known.add((place.path, names))
         self.uses.append((place, names))
         if method := _method_of(place, names[0]):
-            self._run(place, method)
+            self._run(place, functools.partial(_of_method, place.cls, method))
+        elif function := _function_of(place, names[0]):
+            text = "its " + ".".join((*place.path, names[0]))
+            self._run(place, functools.partial(_of_value, function, text, False, {}))
         self._take(names[1:])
 
     def _take(self, names: Iterable[str]) -> None:
-        for name in sorted(set(names) - self.taken):
-            self.taken.add(name)
-            for place in self.places:
-                if place.has(name):
-                    self._use(place, (name,))
+        new = frozenset(names) - self.taken
+        self.taken |= new
+        for place in self.places.values() if new else ():
+            for name in sorted(new & place.names):
+                self._use(place, (name,))
 
     def own_uses(self) -> list[tuple[str, ...]]:
         return [names for place, names in self.uses if not place.path]
@@ -375,7 +388,7 @@ class Reach:
             reaches += reach.below.values()
         stored = {(id(p.module), n) for r in reaches for p, found in r.runs for n in found.stored}
         read = {(id(p.module), names[0]) for r in reaches for p, names in r.uses}
-        for place in self.places:
+        for place in self.places.values():
             names = sorted(name for owner, name in stored & read if owner == id(place.module))
             if names and place.path:
                 return f"reads what {place.cls.__name__} counts, its {names[0]}"
@@ -393,12 +406,19 @@ def _method_of(place: _Place, name: str) -> str | None:
     return name if value is None and methods_of(place.cls, name) else None
 
 
-def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
+def _function_of(place: _Place, name: str) -> Any:
+    """The function that an attribute is, or what holds some; None if it is none, or a method."""
+    value = _attribute_of(place.module, place.cls, name)
+    if isinstance(value, types.FunctionType) and name not in place.module.__dict__:
+        return None
+    return value if isinstance(value, (*_FUNCTIONS, functools.partial, tuple)) else None
+
+
+def reads_of(reach: Reach) -> tuple[Read, ...]:
     """Values that the module's code reads of globals, of its class and of objects it holds."""
-    forward = function_of(cls.forward)
-    if forward is None or is_of_torch(forward):
+    _, module, cls, _ = reach.places[()]
+    if not reach.runs:
         return ()
-    reach = Reach(module, cls)
     shared = set().union(*(found.shared for _, found in reach.runs))
     reads = [
         Read(".".join((load.name, *load.attributes)), now(module), now)
@@ -740,6 +760,8 @@ def _what_own_does(place: _Place, name: str, *rest: str) -> str | None:
         items = value.values() if isinstance(value, dict) else value
         readable = set(rest) <= _READING and all(isinstance(item, _DATA) for item in items)
         return None if readable else unknown
+    if not rest and _function_of(place, name):
+        return None  # What it does is among the findings.
     if rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
         held = vars_of(value)
         plain = len(rest) == 1 and rest[0] in held and isinstance(held[rest[0]], _DATA)
@@ -750,11 +772,11 @@ def _what_own_does(place: _Place, name: str, *rest: str) -> str | None:
 def _what_child_does(place: _Place, name: str, *rest: str) -> str | None:
     """What it does to take an attribute of a module below; its own call is looked at with it."""
     child, value = place.module, _attribute_of(place.module, place.cls, name)
-    known = isinstance(value, (*_DATA, property)) or name in _OF_MODULES
+    known = isinstance(value, property) or name in _OF_MODULES
     if isinstance(value, Tensor):
         known = name in child._parameters or name in child._buffers
-    elif isinstance(value, (types.BuiltinFunctionType, tuple)) or name in child.__dict__:
-        known = isinstance(value, _SETTINGS) and _of_value(value, name, False, {}).always is None
+    elif isinstance(value, _SETTINGS):  # What a function does is among the findings.
+        known = isinstance(value, _DATA) or _function_of(place, name) is not None
     if not known and _method_of(place, name) is None:
         return f"uses {name!r} of a module, and it is not known what that does"
     return _merged([*map(_of_attribute, rest)]).always
