@@ -388,8 +388,9 @@ class Reach:
             reaches += reach.below.values()
         stored = {(id(p.module), n) for r in reaches for p, found in r.runs for n in found.stored}
         read = {(id(p.module), names[0]) for r in reaches for p, names in r.uses}
-        for place in self.places.values():
-            names = sorted(name for owner, name in stored & read if owner == id(place.module))
+        counted = stored & read
+        for place in self.places.values() if counted else ():
+            names = sorted(name for owner, name in counted if owner == id(place.module))
             if names and place.path:
                 return f"reads what {place.cls.__name__} counts, its {names[0]}"
             if names:
