@@ -78,8 +78,13 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
         after = index + 1
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found += loads_in(constant, me)
+            found += loads_in(constant, _me_inside(constant, me))
     return tuple(found)
+
+
+def _me_inside(code: CodeType, me: str) -> str:
+    """The name of `self` in a function that is defined in a method: not its own variable."""
+    return me if me in code.co_freevars else ""
 
 
 def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] | None:
@@ -128,13 +133,16 @@ def _given(
 def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     """What the code and the functions in it write to, other than their own variables."""
     found: list[Store] = []
-    previous: Any = None
-    in_place = False
+    is_me = is_copied = in_place = False  # Of what was loaded just before: `self`, to be added to.
+    added_to = ""
     last: list[dis.Instruction] = []
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
+        is_copied = is_copied or operation in ("COPY", "DUP_TOP")
         if operation in _SILENT:
             continue
+        if is_copied and operation in _ATTRIBUTE:
+            added_to = instruction.argval if is_me else ""
         in_place = in_place or operation.startswith("INPLACE_")
         in_place = in_place or (operation == "BINARY_OP" and instruction.argrepr.endswith("="))
         if operation in ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"):
@@ -144,20 +152,18 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         ):
             found.append(Store("global", instruction.argval))
         elif operation in ("STORE_ATTR", "DELETE_ATTR"):
-            own = previous == me or (in_place and _is_own(instruction.argval, code, me))
+            own = is_me or (in_place and instruction.argval == added_to)
             kind = "count" if _adds_a_number(last) else "own"
             found.append(Store(kind if own else "attribute", instruction.argval))
-        elif operation.startswith("STORE_") and in_place:
+        elif operation.startswith("STORE_") and (in_place or _rebinds(instruction, me)):
             found.append(Store("local", str(instruction.argval)))
         in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
         if operation not in ("SWAP", "ROT_TWO"):
             last = [*last[-1:], instruction]
-        loads = operation.startswith(("LOAD_", *_VARIABLE))
-        value = instruction.argval if loads else None
-        previous = value[-1] if isinstance(value, tuple) and value else value
+        is_me, is_copied = _begun(instruction, me) == ("own", "", []), False
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found += stores_in(constant, me)
+            found += stores_in(constant, _me_inside(constant, me))
         names = constant if isinstance(constant, tuple) else (constant,)
         found += [Store("keyword", str(name)) for name in names if name in WRITING_KEYWORDS]
     return tuple(found)
@@ -171,8 +177,12 @@ def _adds_a_number(last: list[dis.Instruction]) -> bool:
     return constant.startswith("LOAD_") and (add.opname == "INPLACE_ADD" or add.argrepr == "+=")
 
 
-def _is_own(name: str, code: CodeType, me: str) -> bool:
-    return any(load.kind == "own" and load.attributes[:1] == (name,) for load in loads_in(code, me))
+def _rebinds(instruction: dis.Instruction, me: str) -> bool:
+    """Whether `self` is made another value."""
+    value = instruction.argval
+    if instruction.opname == "STORE_FAST_LOAD_FAST":
+        value = value[:1]
+    return bool(me) and me in (value if isinstance(value, tuple) else (value,))
 
 
 @lru_cache(maxsize=4096)

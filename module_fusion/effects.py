@@ -14,7 +14,7 @@ import logging
 import math
 import operator
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -38,6 +38,7 @@ from .bytecode import (
     uses_super,
 )
 from .deferred import IMMUTABLE
+from .originals import original_of
 from .returns import may_return_none
 
 _RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manual_seed")
@@ -60,7 +61,8 @@ _UNREADABLE = frozenset(
         "set_default_device", "set_grad_enabled", "save", "load",
         "get_default_dtype", "get_default_device", "get_float32_matmul_precision",
         "are_deterministic_algorithms_enabled", "is_inference_mode_enabled", "is_grad_enabled",
-        "is_inference", "grad", "grad_fn", "is_leaf", "_version",
+        "is_inference", "grad", "grad_fn", "is_leaf", "_version", "__dict__", "__class__",
+        "__getattribute__", "__getstate__", "__reduce__", "__reduce_ex__",
         "fused_moving_avg_obs_fake_quant", "_fused_moving_avg_obs_fq_helper",
     )
 )  # fmt: skip
@@ -90,6 +92,16 @@ _OF_MODULES = frozenset(
     )
 )  # fmt: skip
 _DATA: tuple[Any, ...] = (*IMMUTABLE, Enum)
+# What operators, statements and builtins call, of a class that has it.
+_OPERATORS = frozenset(
+    (
+        *(f"__{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
+        *(f"__r{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
+        "__bool__", "__len__", "__iter__", "__next__", "__reversed__", "__enter__", "__exit__",
+        "__int__", "__float__", "__complex__", "__round__", "__divmod__", "__format__",
+        "__getattr__", "__getattribute__",
+    )
+) - {"__call__"}  # fmt: skip
 
 
 # Layers of torch that only compute, whatever their settings are.
@@ -146,7 +158,8 @@ class Read(NamedTuple):
 class _Findings(NamedTuple):
     """What the code of a function and all it calls does, and which code that is.
 
-    `methods` are looked up on a class when it runs, `functions` have it.
+    `methods` are looked up on a class when it runs, `functions` have it. `taken` are attributes
+    of values, of which it is not followed what they are.
     """
 
     always: str | None
@@ -156,6 +169,7 @@ class _Findings(NamedTuple):
     shared: frozenset[tuple[types.FunctionType, Load]] = frozenset()
     methods: frozenset[tuple[Any, str]] = frozenset()
     functions: frozenset[types.FunctionType] = frozenset()
+    taken: frozenset[str] = frozenset()
 
 
 _NOT_READ: dict[tuple[Any, str], _Findings] = {}
@@ -167,8 +181,9 @@ _TOLD = {"self.training", "local training"}
 _NOTHING = _Findings(None, None, frozenset(), frozenset())
 
 
-def effect_of(module: nn.Module, cls: Any) -> Effect | None:
-    """The effect of running a module as an instance of this class, None if there is none."""
+def effect_of(reach: Reach) -> Effect | None:
+    """The effect of running a module, None if there is none."""
+    _, module, cls, _ = reach.places[()]
     forward = function_of(cls.forward)
     if forward is None:
         return Effect("runs code that is not Python", _always)
@@ -177,21 +192,19 @@ def effect_of(module: nn.Module, cls: Any) -> Effect | None:
     if may_return_none(forward):
         # No value can stand for None: `is` asks nobody.
         return Effect("may return None", _always)
-    try:
-        found = _of_method(cls, "forward")
-        what = found.always or _what_own_does(module, cls, found, set())
-    except RecursionError:
-        return Effect("calls functions that call each other too deeply to be read", _always)
+    _, found = reach.runs[0]
+    what = found.always or _what_happens(reach)
     if what is not None:
         return Effect(what, _always)
     return Effect(found.in_training, _trains) if found.in_training else None
 
 
-def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
+def settings_of(reach: Reach) -> tuple[tuple[str, Any], ...]:
     """Attributes that the module's code reads, and that someone may set to another value.
 
     Numbers, names and functions; those that the code itself stores are its state.
     """
+    _, module, cls, _ = reach.places[()]
     forward = function_of(cls.forward)
     own = module.__dict__
     if forward is None:
@@ -199,8 +212,7 @@ def settings_of(module: nn.Module, cls: Any) -> tuple[tuple[str, Any], ...]:
     if is_of_torch(forward):
         names = {name for name in own if not name.startswith("_")} - {"training"}
     else:
-        found = _of_method(cls, "forward")
-        names = {taken[0] for taken in found.own if taken[0] in own} - found.stored
+        names = {names[0] for names in reach.own_uses() if names[0] in own} - reach.own_stores()
     return tuple((n, own[n]) for n in sorted(names) if isinstance(own[n], _SETTINGS))
 
 
@@ -246,11 +258,12 @@ def _are_others(now: Any, defaults: Any, compiling: bool) -> bool:
     return False
 
 
-def code_of(module: nn.Module, cls: Any) -> Code:
-    """The code of a module as an instance of this class: its methods and what they call.
+def code_of(reach: Reach) -> Code:
+    """The code of a module: its methods and what they call.
 
     Functions of torch itself are not among it.
     """
+    cls = reach.places[()].cls
     forward = function_of(cls.forward)
     methods: set[tuple[Any, str]] = {(cls, n) for n in ("forward", "__call__", "_call_impl")}
     functions: set[types.FunctionType] = set()
@@ -259,51 +272,167 @@ def code_of(module: nn.Module, cls: Any) -> Code:
             name = load.attributes[0] if load.kind == "own" and load.attributes else ""
             if function_of(inspect.getattr_static(cls, name, None)) is not None:
                 methods.add((cls, name))
-    elif forward is not None:
-        found = [_of_method(cls, "forward")]
-        for path in found[0].own:
-            child, name = _reached(module, path)
-            if child is not module and name and methods_of(type(child), name):
-                found.append(_of_method(type(child), name))
-        methods.update(*(f.methods for f in found))
-        functions.update(*(f.functions for f in found))
-        for name, *_ in found[0].own:
-            value = module.__dict__.get(name)
-            if isinstance(value, (types.FunctionType, types.MethodType)):
-                functions.update(layers_of(value))
+    for _, found in reach.runs:
+        methods |= found.methods
+        functions |= found.functions
     return Code(
         tuple((owner, name, getattr(owner, name, None)) for owner, name in methods),
         tuple((f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions),
     )
 
 
-def _reached(module: nn.Module, path: Sequence[str]) -> tuple[nn.Module, str]:
-    """The last module on a path of attributes, and the attribute that is taken of it."""
-    for name in path:
-        child = module._modules.get(name)
-        if child is None:
-            return module, name
-        module = child
-    return module, ""
+class _Place(NamedTuple):
+    """A module, or one below it.
+
+    Attributes:
+        path: names of the children that lead there.
+        names: attributes of the instance, and of its class other than from torch.
+    """
+
+    path: tuple[str, ...]
+    module: nn.Module
+    cls: Any
+    names: frozenset[str]
 
 
-def reads_of(module: nn.Module, cls: Any) -> tuple[Read, ...]:
+def _names_of(module: nn.Module, cls: type) -> frozenset[str]:
+    names: set[str] = set()
+    for base in reversed(cls.__mro__):
+        if base is object or is_of_torch(base):
+            names -= base.__dict__.keys()
+        else:
+            names |= base.__dict__.keys()
+    return frozenset(names.union(module.__dict__))
+
+
+class Reach:
+    """The methods that run when a module does, and what they take of it and of those below it.
+
+    What is taken of a value (a variable, an item, an argument) is taken of every one of these
+    modules that has it. What a module below does at its own call is in `below`.
+
+    Args:
+        module: it.
+        cls: the class that it counts as an instance of.
+
+    Attributes:
+        runs: what each method does, with the module that it is called on.
+        uses: attributes that are taken of a module, one after the other.
+        below: what each child reaches.
+        places: the module and those below it, by their paths.
+    """
+
+    def __init__(self, module: nn.Module, cls: Any) -> None:
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        self.below = {n: Reach(child, original_of(type(child))) for n, child in children.items()}
+        top = _Place((), module, cls, _names_of(module, cls))
+        self.places: dict[tuple[str, ...], _Place] = {(): top}
+        for name, reach in self.below.items():
+            for path, place in reach.places.items():
+                self.places[(name, *path)] = place._replace(path=(name, *path))
+        self.runs: list[tuple[_Place, _Findings]] = []
+        self.uses: list[tuple[_Place, tuple[str, ...]]] = []
+        self._known: set[tuple[tuple[str, ...], tuple[str, ...] | str]] = set()
+        self.taken: set[str] = set()
+        forward = function_of(cls.forward)
+        if forward is not None and not is_of_torch(forward):
+            self._run(top, functools.partial(_of_method, cls, "forward"))
+        self._take(_OPERATORS.union(*(reach.taken for reach in self.below.values())))
+
+    def _run(self, place: _Place, read: Callable[[], _Findings]) -> None:
+        try:
+            found = read()
+        except RecursionError:
+            what = "calls functions that call each other too deeply to be read"
+            found = _NOTHING._replace(always=what)
+        self.runs.append((place, found))
+        for names in sorted(found.own):
+            self._use(place, names)
+        self._take(found.taken)
+
+    def _use(self, place: _Place, names: tuple[str, ...]) -> None:
+        while names and names[0] not in place.module.__dict__:
+            child = self.places.get((*place.path, names[0]))
+            if child is None:
+                break
+            place, names = child, names[1:]
+        # The `forward` of a child is its own call, that of the module runs anyway.
+        if not names or names[0] == "forward" or (place.path, names) in self._known:
+            return
+        self._known.add((place.path, names))
+        self.uses.append((place, names))
+        if method := _method_of(place, names[0]):
+            self._run(place, functools.partial(_of_method, place.cls, method))
+        elif function := _function_of(place, names[0]):
+            text = "its " + ".".join((*place.path, names[0]))
+            self._run(place, functools.partial(_of_value, function, text, False, {}))
+        self._take(names[1:])
+
+    def _take(self, names: Iterable[str]) -> None:
+        new = frozenset(names) - self.taken
+        self.taken |= new
+        for place in self.places.values() if new else ():
+            for name in sorted(new & place.names):
+                self._use(place, (name,))
+
+    def own_uses(self) -> list[tuple[str, ...]]:
+        return [names for place, names in self.uses if not place.path]
+
+    def own_stores(self) -> frozenset[str]:
+        return frozenset().union(*(found.stored for place, found in self.runs if not place.path))
+
+    def counted(self) -> str | None:
+        """What is stored by one of these modules and read by one of them, None if nothing."""
+        reaches = [self]
+        for reach in reaches:
+            reaches += reach.below.values()
+        stored = {(id(p.module), n) for r in reaches for p, found in r.runs for n in found.stored}
+        read = {(id(p.module), names[0]) for r in reaches for p, names in r.uses}
+        counted = stored & read
+        for place in self.places.values() if counted else ():
+            names = sorted(name for owner, name in counted if owner == id(place.module))
+            if names and place.path:
+                return f"reads what {place.cls.__name__} counts, its {names[0]}"
+            if names:
+                return f"counts its {names[0]}, and reads it"
+        return None
+
+
+def _method_of(place: _Place, name: str) -> str | None:
+    """The name under which a class has the method that an attribute is, None if it is none."""
+    value = place.module.__dict__.get(name)
+    if isinstance(value, types.MethodType) and value.__self__ is place.module:
+        name = value.__name__
+        return name if inspect.getattr_static(place.cls, name, None) is value.__func__ else None
+    return name if value is None and methods_of(place.cls, name) else None
+
+
+def _function_of(place: _Place, name: str) -> Any:
+    """The function that an attribute is, or what holds some; None if it is none, or a method."""
+    value = _attribute_of(place.module, place.cls, name)
+    if isinstance(value, types.FunctionType) and name not in place.module.__dict__:
+        return None
+    return value if isinstance(value, (*_FUNCTIONS, functools.partial, tuple)) else None
+
+
+def reads_of(reach: Reach) -> tuple[Read, ...]:
     """Values that the module's code reads of globals, of its class and of objects it holds."""
-    forward = function_of(cls.forward)
-    if forward is None or is_of_torch(forward):
+    _, module, cls, _ = reach.places[()]
+    if not reach.runs:
         return ()
-    found = _of_method(cls, "forward")
+    shared = set().union(*(found.shared for _, found in reach.runs))
     reads = [
         Read(".".join((load.name, *load.attributes)), now(module), now)
-        for function, load in sorted(found.shared, key=lambda item: item[1].name)
+        for function, load in sorted(shared, key=lambda item: item[1].name)
         for now in [functools.partial(_shared_value, function, load)]
     ]
+    for path, name in _read_below(reach):
+        value_now = functools.partial(_value_below, path, name)
+        reads.append(Read(".".join((*path, name)), value_now(module), value_now))
     tensors = {**module._parameters, **module._buffers, **module._modules}
-    for name, *rest in sorted(found.own):
+    for name, *rest in reach.own_uses():
         value = _attribute_of(module, cls, name)
-        if isinstance(value, nn.Module) and rest and name in tensors:
-            reads += _reads_of_child(module, (name, *rest))
-        if name in tensors or name in found.stored:
+        if name in tensors or name in reach.own_stores():
             continue
         if isinstance(value, (dict, list, set)):
             reads.append(Read(name, copy.copy(value), functools.partial(_own_value, (name,))))
@@ -329,24 +458,30 @@ def _own_parts(name: str, module: nn.Module) -> Any:
     return _parts(module.__dict__.get(name))
 
 
-def _reads_of_child(module: nn.Module, path: tuple[str, ...]) -> list[Read]:
-    """What the code takes of a child, other than tensors and modules: a number, a method."""
-    child, name = _reached(module, path)
-    if not name or name in child._parameters or name in child._buffers:
-        return []
-    if name in _counted_by(type(child)):
-        return []  # Who reads that runs.
-    path = path[: path.index(name) + 1]
-    now = functools.partial(_value_in_child, path)
-    return [Read(".".join(path), now(module), now)]
+def _read_below(reach: Reach) -> list[tuple[tuple[str, ...], str]]:
+    """What is taken of modules below, other than tensors: numbers, and methods that run."""
+    found = {(p.path, n[0]): p.module for p, n in reach.uses if p.path}
+    for place, its in reach.runs:
+        for owner, name in its.methods if place.path else ():
+            if issubclass(place.cls, owner):
+                found[place.path, name] = place.module
+    return sorted(
+        (path, name)
+        for (path, name), child in found.items()
+        if name not in child._parameters and name not in child._buffers
+    )
 
 
-def _value_in_child(path: tuple[str, ...], module: nn.Module) -> Any:
-    child, name = _reached(module, path)
-    own = child.__dict__
+def _value_below(path: tuple[str, ...], name: str, module: nn.Module) -> Any:
+    for key in path:
+        child = module._modules.get(key)
+        if child is None:
+            return None
+        module = child
+    own = module.__dict__
     if torch.compiler.is_dynamo_compiling():
-        getattr(child, name)  # So that the graph is made again when it is replaced.
-    return own[name] if name in own else getattr(type(child), name, None)
+        getattr(module, name, None)  # So that the graph is made again when it is replaced.
+    return own[name] if name in own else getattr(type(module), name, None)
 
 
 def _shared_value(function: types.FunctionType, load: Load, module: nn.Module) -> Any:
@@ -420,6 +555,7 @@ def _merged(findings: list[_Findings]) -> _Findings:
         frozenset().union(*(f.shared for f in findings)),
         frozenset().union(*(f.methods for f in findings)),
         frozenset().union(*(f.functions for f in findings)),
+        frozenset().union(*(f.taken for f in findings)),
     )
 
 
@@ -518,7 +654,7 @@ def _of_attribute(name: str) -> _Findings:
     kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx, torch.finfo)
     if what is None and not any(hasattr(kind, name) for kind in kinds):
         what = f"uses {name!r} of a value, and it is not known what that does"
-    return _NOTHING._replace(always=what)
+    return _NOTHING._replace(always=what, taken=frozenset([name]))
 
 
 def _what_by_name(name: str) -> str | None:
@@ -584,91 +720,67 @@ def _is_operation(value: Any) -> bool:
     return is_of_torch(value) or "_VariableFunctions" in value.__qualname__
 
 
-def _what_own_does(
-    module: nn.Module, cls: Any, found: _Findings, seen: set[tuple[int, str]]
-) -> str | None:
-    """What the attributes do that the code takes of this very module."""
-    own = module.__dict__
-    tensors = own["_parameters"].keys() | own["_buffers"].keys() | own["_modules"].keys()
-    written = next(
-        (
-            name
-            for name in sorted(found.stored)
-            if name in tensors or isinstance(inspect.getattr_static(cls, name, None), property)
-        ),
-        None,
-    )
-    if written is not None:
-        return f"may write to its {written}"
-    if read := sorted(found.stored & {name for name, *_ in found.own}):
-        return f"counts its {read[0]}, and reads it"
-    for name, *rest in found.own:
-        value = _attribute_of(module, cls, name)
-        what: str | None = None
-        if name not in own and isinstance(value, types.FunctionType):
-            # A method of torch; those of others are among the findings themselves.
-            pure = name in _OF_MODULES
-            what = None if pure else f"uses its {name}, and it is not known what that does"
-        elif isinstance(value, nn.Module):
-            what = _what_child_does(value, rest, seen)
-        elif isinstance(value, Tensor):
-            what = _merged([*map(_of_attribute, rest)]).always
-            if name not in tensors:
-                what = f"reads its {name}, a tensor that is no parameter and no buffer of it"
-        elif isinstance(value, (dict, list, set)):
-            items = value.values() if isinstance(value, dict) else value
-            readable = set(rest) <= _READING and all(isinstance(item, _DATA) for item in items)
-            what = None if readable else f"uses its {name}, and it is not known what that does"
-        elif isinstance(value, types.MethodType) and value.__self__ is module and not rest:
-            what = _what_child_does(module, [value.__name__], seen)
-        elif rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
-            held = vars_of(value)
-            plain = len(rest) == 1 and rest[0] in held and isinstance(held[rest[0]], _DATA)
-            what = None if plain else f"uses its {name}, and it is not known what that does"
-        else:
-            what = _of_value(value, f"its {name}", False, {}).always
+def _what_happens(reach: Reach) -> str | None:
+    """What running a module does besides its output, other than by the code of its `forward`."""
+    for index, (place, found) in enumerate(reach.runs):
+        what = _what_is_written(place, found)
+        if index > 0:
+            what = what or found.always or found.in_training
         if what is not None:
             return what
+    what = reach.counted()
+    for place, names in reach.uses if what is None else ():
+        what = what or (_what_child_does if place.path else _what_own_does)(place, *names)
+    return what
+
+
+def _what_is_written(place: _Place, found: _Findings) -> str | None:
+    own = place.module.__dict__
+    tensors = own["_parameters"].keys() | own["_buffers"].keys() | own["_modules"].keys()
+    for name in sorted(found.stored):
+        if name in tensors or isinstance(inspect.getattr_static(place.cls, name, None), property):
+            return f"may write to its {name}"
     return None
 
 
-def _what_child_does(
-    child: nn.Module, attributes: list[str], seen: set[tuple[int, str]]
-) -> str | None:
-    """What it does to take attributes of a child; its own call is looked at with the child."""
-    if not attributes or attributes[0] == "forward" or (id(child), attributes[0]) in seen:
-        return None
-    seen.add((id(child), attributes[0]))
-    cls: Any = type(child)
-    name, *rest = attributes
-    methods = methods_of(cls, name)
-    if methods:
-        found = _of_method(cls, name)
-        if read := sorted(_counted_by(cls) & {own for own, *_ in found.own}):
-            return f"reads what {cls.__name__} counts, its {read[0]}"
-        return found.always or found.in_training or _what_own_does(child, cls, found, seen)
-    if name in _counted_by(cls):
-        return f"reads what {cls.__name__} counts, its {name}"
-    if function_of(inspect.getattr_static(cls, name, None)) is not None and name not in _OF_MODULES:
-        return f"uses {name!r} of a module, and it is not known what that does"
-    value = _attribute_of(child, cls, name)
+def _what_own_does(place: _Place, name: str, *rest: str) -> str | None:
+    """What it does to take an attribute of this very module."""
+    own, value = place.module.__dict__, _attribute_of(place.module, place.cls, name)
+    unknown = f"uses its {name}, and it is not known what that does"
+    if _method_of(place, name) is not None:
+        return _merged([*map(_of_attribute, rest)]).always
+    if name not in own and isinstance(value, types.FunctionType):
+        return None if name in _OF_MODULES else unknown  # A method of torch.
     if isinstance(value, nn.Module):
-        return _what_child_does(value, rest, seen)
+        return unknown  # It is no child: nobody looks at what its call does.
+    if isinstance(value, Tensor):
+        if name not in own["_parameters"] and name not in own["_buffers"]:
+            return f"reads its {name}, a tensor that is no parameter and no buffer of it"
+        return _merged([*map(_of_attribute, rest)]).always
+    if isinstance(value, (dict, list, set)):
+        items = value.values() if isinstance(value, dict) else value
+        readable = set(rest) <= _READING and all(isinstance(item, _DATA) for item in items)
+        return None if readable else unknown
+    if not rest and _function_of(place, name):
+        return None  # What it does is among the findings.
+    if rest and not isinstance(value, (*_DATA, types.ModuleType, type)):
+        held = vars_of(value)
+        plain = len(rest) == 1 and rest[0] in held and isinstance(held[rest[0]], _DATA)
+        return None if plain else unknown
+    return _of_value(value, f"its {name}", False, {}).always
+
+
+def _what_child_does(place: _Place, name: str, *rest: str) -> str | None:
+    """What it does to take an attribute of a module below; its own call is looked at with it."""
+    child, value = place.module, _attribute_of(place.module, place.cls, name)
+    known = isinstance(value, property) or name in _OF_MODULES
     if isinstance(value, Tensor):
         known = name in child._parameters or name in child._buffers
-    else:
-        known = value is None or isinstance(value, (*_DATA, *_FUNCTIONS, tuple, property))
-    if not known:
+    elif isinstance(value, _SETTINGS):  # What a function does is among the findings.
+        known = isinstance(value, _DATA) or _function_of(place, name) is not None
+    if not known and _method_of(place, name) is None:
         return f"uses {name!r} of a module, and it is not known what that does"
     return _merged([*map(_of_attribute, rest)]).always
-
-
-def _counted_by(cls: Any) -> frozenset[str]:
-    """What a call of a module counts."""
-    forward = function_of(cls.forward)
-    if forward is None or is_of_torch(forward):
-        return frozenset()
-    return _of_method(cls, "forward").stored
 
 
 def _attribute_of(module: nn.Module, cls: type, name: str) -> Any:

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .context import Context
-from .effects import Code, Effect, Read, code_of, effect_of, is_other, reads_of, settings_of
+from .effects import (
+    Code,
+    Effect,
+    Reach,
+    Read,
+    code_of,
+    effect_of,
+    is_other,
+    reads_of,
+    settings_of,
+)
 from .originals import original_of
 
 # What `calling_context` gives outside of every mode, transform and trace.
@@ -59,7 +69,7 @@ class MemberForm:
         self.foreign: str | None = None
         self._methods: dict[tuple[Any, str, Any], None] = {}
         self._functions: dict[Any, tuple[FunctionType, CodeType, Any, Any]] = {}
-        self._add(member, "", -1, "")
+        self._add(Reach(member, original_of(type(member))), "", -1, "")
         traced = tuple(
             entry
             for entry in self._methods
@@ -72,23 +82,23 @@ class MemberForm:
         self.has_buffers = any(True for _ in member.buffers())
         self.has_weights = self.has_buffers or bool(self.devices)
 
-    def _add(self, module: nn.Module | None, name: str, parent: int, key: str) -> None:
+    def _add(self, reach: Reach | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
-        if module is None:
+        if reach is None:
             self.parts.append(_Part(name, parent, key, type(None), None, (), (), (), 0, ()))
             return
+        module = reach.places[()].module
         parameters = tuple(
             (key, None, None) if p is None else (key, p.dtype, p.device)
             for key, p in module._parameters.items()
         )
         cls = type(module)
-        effect = effect_of(module, original_of(cls))
+        effect = effect_of(reach)
         if self.foreign is None:
             self.foreign = _why_foreign(module, name, self.home)
-        settings = settings_of(module, original_of(cls))
-        reads = reads_of(module, original_of(cls))
+        settings, reads = settings_of(reach), reads_of(reach)
         tensors = {*module._parameters, *module._buffers, *module._modules}
-        names = self._note_code(code_of(module, original_of(cls)), cls, tensors)
+        names = self._note_code(code_of(reach), cls, tensors)
         # A module that was compiled before is one that the kernel was compared with.
         hidden = (tensors | {"_compiled_call_impl"}) - {*module.__dict__}
         absent = tuple(sorted(names | hidden))
@@ -96,8 +106,8 @@ class MemberForm:
         self.parts.append(
             _Part(name, parent, key, cls, effect, settings, reads, absent, children, parameters)
         )
-        for child_key, child in module._modules.items():
-            self._add(child, f"{name}.{child_key}", index, child_key)
+        for child_key in module._modules:
+            self._add(reach.below.get(child_key), f"{name}.{child_key}", index, child_key)
 
     def _note_code(self, code: Code, cls: Any, tensors: set[str]) -> set[str]:
         """Add it to that of the member; names of the methods that an instance may replace."""

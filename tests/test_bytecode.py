@@ -62,6 +62,37 @@ class Written(Base):
     def takes_off(self, x: Any) -> None:
         self.a -= 1
 
+    def adds_elsewhere(self, x: Any) -> Any:
+        self.other.a += 1
+        return self.a
+
+    def adds_to_a_variable(self, x: Any) -> Any:
+        other = self.other
+        other.a += 1
+        return self.a
+
+    def stores_in_itself_of_another(self, x: Any) -> None:
+        x.self.a = x
+
+    def adds_what_is_compared(self, x: Any) -> None:
+        self.a += 1 if 0 < x.a < 2 and [y.a for y in x] else (z := x.b) and z.b
+
+    def adds_in_a_lambda(self, x: Any) -> Any:
+        def add() -> None:
+            self.a += 1
+
+        return add
+
+    def adds_in_a_lambda_with_its_own_self(self, x: Any) -> Any:
+        def add(self: Any) -> None:
+            self.a += 1
+
+        return add, self.a
+
+    def adds_as_another(self, x: Any) -> None:
+        self = x
+        self.a += 1
+
     def replaces(self, x: Any) -> None:
         self.a = self.a + x
 
@@ -146,6 +177,13 @@ def test_a_method_of_a_base_class_is_found() -> None:
         (Written.adds, [("count", "a")]),
         (Written.adds_a_value, [("own", "a")]),
         (Written.takes_off, [("own", "a")]),
+        (Written.adds_elsewhere, [("attribute", "a")]),
+        (Written.adds_to_a_variable, [("attribute", "a")]),
+        (Written.stores_in_itself_of_another, [("attribute", "a")]),
+        (Written.adds_what_is_compared, [("own", "a")]),
+        (Written.adds_in_a_lambda, [("count", "a")]),
+        (Written.adds_in_a_lambda_with_its_own_self, [("attribute", "a")]),
+        (Written.adds_as_another, [("local", "self"), ("count", "a")]),
         (Written.replaces, [("own", "a")]),
         (Written.chains, [("own", "a"), ("own", "b")]),
         (Written.stores_elsewhere, [("attribute", "a")]),

@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 from written import assert_same, fuse, model_of, path_of
 
 from module_fusion import unfuse_modules
-from module_fusion.effects import effect_of
+from module_fusion.effects import Reach, effect_of
 
 
 def between(self: Any, x: Tensor) -> Tensor:
@@ -253,6 +253,20 @@ class CountsInOneReadsInAnother(Norm):
         return self.scale() * self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
 
 
+class CountsInAChild(Norm):
+    """What it reads under the same name is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Noise()
+        self.child.calls = 0  # type: ignore[assignment]
+        self.calls = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child.calls += 1
+        return self.calls * self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
+
+
 def counting_outside() -> type[Norm]:
     calls = 0
 
@@ -269,6 +283,7 @@ def counting_outside() -> type[Norm]:
     ("make", "why"),
     [
         (lambda: CountsInOneReadsInAnother, "norm counts its calls, and reads it"),
+        (lambda: CountsInAChild, "norm may write to a tensor, in"),
         (counting_outside, "norm may write to a tensor, in"),
     ],
 )
@@ -573,7 +588,7 @@ def test_a_member_that_may_return_none_runs_at_its_own_call(x: Tensor, norm: typ
     expected = model(x)
     fuse(model)
     assert torch.equal(model(x), expected)
-    assert effect_of(norm(), norm).what == "may return None"  # type: ignore[union-attr]
+    assert effect_of(Reach(norm(), norm)).what == "may return None"  # type: ignore[union-attr]
 
 
 class Collective(Norm):
@@ -590,7 +605,7 @@ class SetsTheMode(Norm):
 
 @pytest.mark.parametrize("norm", [Collective, SetsTheMode])
 def test_a_member_that_acts_on_more_than_tensors_has_an_effect(norm: type[Norm]) -> None:
-    effect = effect_of(norm(), norm)
+    effect = effect_of(Reach(norm(), norm))
     assert effect is not None
     assert effect.happens(norm())
 
@@ -611,7 +626,7 @@ def test_functions_that_call_many_others_are_read_once_each(
     norm = Norm()
     norm.function = functions(depth, calls)
     cls = type("Calls", (Norm,), {"forward": lambda self, x: self.function(x)})
-    assert (effect_of(norm, cls) is None) == readable
+    assert (effect_of(Reach(norm, cls)) is None) == readable
 
 
 class OnTopOfALayer(nn.LayerNorm):

@@ -313,33 +313,255 @@ def test_a_member_that_reads_what_its_child_keeps_is_left_alone(value: Any) -> N
     assert "uses 'kept' of a module" in str(result.skipped[0].reason)
 
 
-@pytest.mark.parametrize("is_method", [False, True])
-def test_a_member_that_reads_what_its_child_counts_runs(is_method: bool) -> None:
-    class Counting(Activation):
-        def late(self) -> bool:
-            return self.factor > 2
+class Counting(Activation):
+    """It counts its calls, and those of a method, under names that lists and tensors have too."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.factor += 1
-            return F.silu(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.index = 0, 0
 
-    class Counts(Mlp):
+    def tick(self) -> None:
+        self.index += 1
+
+    def is_ticked(self) -> bool:
+        return self.index > 1000
+
+    def is_late(self) -> bool:
+        return self.count > 1000
+
+    @property
+    def real(self) -> bool:
+        return self.count > 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return F.silu(x)
+
+
+class Compared(Counting):
+    def __gt__(self, count: int) -> bool:
+        return self.count > count
+
+
+class Asking(nn.Module):
+    """Its call reads what another method of it counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = 0
+
+    def tick(self) -> None:
+        self.index += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.index > 1000 else x
+
+
+def is_late(counting: Any) -> bool:
+    return bool(counting.count > 1000)
+
+
+class CountedMlp(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.asking, self.compared = Counting(), Asking(), Activation()
+        self.asks = is_late
+        self.acts, self.values = nn.ModuleList([self.act]), nn.ModuleDict({"real": self.act})
+
+    def is_late(self) -> bool:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.asking(self.down(self.act(self.gate(x)) * self.up(x)))
+        return y * 2 if self.is_late() else y
+
+
+def by_variable(mlp: Any) -> bool:
+    act = mlp.act
+    return bool(act.count > 1000)
+
+
+def by_unpacking(mlp: Any) -> bool:
+    act, most = mlp.act, 1000
+    return bool(act.count > most)
+
+
+def by_variable_of_a_function_around(mlp: Any) -> bool:
+    act = mlp.act
+    return bool((lambda: act.count > 1000)())
+
+
+def by_itself(mlp: Any) -> bool:
+    return is_late(mlp.act)
+
+
+def by_a_method_and_an_attribute(mlp: Any) -> bool:
+    mlp.act.tick()
+    return bool(mlp.act.index > 1000)
+
+
+def by_two_methods(mlp: Any) -> bool:
+    mlp.act.tick()
+    return bool(mlp.act.is_ticked())
+
+
+def by_a_method_and_the_call(mlp: Any) -> bool:
+    mlp.asking.tick()
+    return False
+
+
+COUNTS = "reads what Counting counts, its "
+COUNTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "an attribute": (lambda mlp: mlp.act.count > 1000, COUNTS + "count"),
+    "a method": (lambda mlp: mlp.act.is_late(), COUNTS + "count"),
+    "a variable": (by_variable, COUNTS + "count"),
+    "a variable that is unpacked": (by_unpacking, COUNTS + "count"),
+    "a variable of a function around": (by_variable_of_a_function_around, COUNTS + "count"),
+    "an argument": (by_itself, COUNTS + "count"),
+    "a function that it holds": (lambda mlp: mlp.asks(mlp.act), COUNTS + "count"),
+    "an item": (lambda mlp: mlp.acts[0].count > 1000, COUNTS + "count"),
+    "a comprehension": (lambda mlp: [a.count for a in mlp.acts] > [1000], COUNTS + "count"),
+    "children": (lambda mlp: any(a.count > 1 for a in mlp.acts.children()), COUNTS + "count"),
+    "a grandchild": (lambda mlp: mlp.values.real.count > 1000, COUNTS + "count"),
+    "a grandchild of a variable": (
+        lambda mlp: (lambda v: v.real.count > 1000)(mlp.values), COUNTS + "count",
+    ),
+    "a property": (lambda mlp: mlp.act.real, COUNTS + "count"),
+    "a property of a variable": (lambda mlp: (lambda act: act.real)(mlp.act), COUNTS + "count"),
+    "an operator": (lambda mlp: mlp.compared > 1000, "reads what Compared counts, its count"),
+    "a method and an attribute": (by_a_method_and_an_attribute, COUNTS + "index"),
+    "two methods": (by_two_methods, COUNTS + "index"),
+    "a method and the call": (by_a_method_and_the_call, "reads what Asking counts, its index"),
+    "getattr": (lambda mlp: getattr(mlp.act, "count") > 1000, "uses getattr, and"),  # noqa: B009
+    "a dict": (lambda mlp: (lambda a: a.__dict__["count"] > 1)(mlp.act), "uses __dict__, and"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_member_that_reads_what_its_child_counts_runs(name: str) -> None:
+    method, why = COUNTED[name]
+    cls = type("Counts", (CountedMlp,), {"is_late": method})
+    model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
+    if name == "an operator":
+        model[0].mlp.compared = Compared()
+    twin = copy.deepcopy(model)
+    result = fuse(model)
+    assert not result.fused
+    assert why in str(result.skipped[0].reason)
+    assert torch.equal(model(x), twin(x))
+
+
+class Numbers(nn.Module):
+    """Its numbers have names that lists, tensors and `torch.finfo` have too; a method reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max, self.eps, self.count = 1.0, 1.0, 0
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.eps
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.scaled(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x
+
+
+def usual(x: Tensor, scale: Tensor) -> Tensor:
+    """What much code takes of tensors and lists."""
+    parts = [x]
+    parts.append(parts[0].to(scale.dtype))
+    return parts[-1].reshape(x.shape) / (1 if torch.finfo(x.dtype).eps < 1 else 2)
+
+
+class NumbersMlp(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = Numbers()
+
+    def scale(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, act = self.gate.weight, self.act
+        gate = act(usual(F.linear(x, weight, self.gate.bias), weight))
+        return self.down(self.scale(self.numbers(gate)) * self.up(x))
+
+
+def times_a_variable(mlp: Any, x: Tensor) -> Tensor:
+    numbers = mlp.numbers
+    return x * float(numbers.max)
+
+
+def by_a_method_of_a_variable(mlp: Any, x: Tensor) -> Tensor:
+    numbers = mlp.numbers
+    return numbers.mean(x)  # type: ignore[no-any-return]
+
+
+READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "an attribute": (lambda mlp, x: x * mlp.numbers.max, "max"),
+    "a variable": (times_a_variable, "max"),
+    "an item": (lambda mlp, x: x * [mlp.numbers][0].max, "max"),
+    "a method": (lambda mlp, x: mlp.numbers.scaled(x), "eps"),
+    "a method of a variable": (by_a_method_of_a_variable, "eps"),
+    "a method that a method calls": (by_a_method_of_a_variable, "scaled"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_number_of_a_child_is_watched_however_it_is_read(name: str) -> None:
+    torch.manual_seed(0)
+    method, changed = READ[name]
+    cls = type("Reads", (NumbersMlp,), {"scale": method})
+    model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
+    assert fuse(model).fused
+    model(x)
+    group = report(model).groups[0]
+    assert (group.kernel_calls, group.member_calls) == (1, 0)
+    setattr(model[0].mlp.numbers, changed, thrice if changed == "scaled" else 3.0)
+    found = model(x)
+    reason = f"mlp reads another numbers.{changed} than when the kernel was chosen; fuse again"
+    assert reason in str(report(model).groups[0].reason)
+    unfuse_modules(model)
+    assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize("where", ["the instance", "the class", "a tuple"])
+def test_a_function_that_a_child_holds_is_read(where: str) -> None:
+    class Holds(Activation):
+        noise: Any = torch.rand_like
+
+    class Calls(Mlp):
         def __init__(self) -> None:
             super().__init__()
-            self.act = Counting()
+            self.act = Holds() if where == "the class" else Activation()
+            if where != "the class":
+                self.act.noise = (torch.rand_like,) if where == "a tuple" else torch.rand_like
 
         def forward(self, x: Tensor) -> Tensor:
-            late = self.act.late() if is_method else self.act.factor > 2
-            return self.down(self.act(self.gate(x)) * self.up(x)) * (2 if late else 1)
+            x = self.down(F.silu(self.gate(x)) * self.up(x))
+            noise: Any = self.act.noise
+            return x + 0 * (noise[0] if where == "a tuple" else noise)(x)
 
-    torch.manual_seed(0)
-    model, x = nn.Sequential(Block(Norm, Counts)), torch.randn(4, HIDDEN)
-    twin = copy.deepcopy(model)
-    fuse(model)
-    for _ in range(3):
-        assert torch.equal(model(x), twin(x))
-    for group in report(model).groups:
-        assert "reads what Counting counts, its factor" in str(group.reason)
+    result = fuse(nn.Sequential(Block(Norm, Calls)), {"rms_norm_mlp": True})
+    assert not result.fused
+    assert "mlp may draw random numbers, in rand_like" in str(result.skipped[0].reason)
+
+
+def test_a_member_that_calls_a_module_which_is_no_child_is_left_alone() -> None:
+    class Calls(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["drop"] = nn.Dropout(0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.down(F.silu(self.gate(x)) * self.up(x)))  # type: ignore[no-any-return]
+
+    result = fuse(nn.Sequential(Block(Norm, Calls)), {"rms_norm_mlp": True})
+    assert not result.fused
+    assert "mlp uses its drop, and it is not known" in str(result.skipped[0].reason)
 
 
 class Missing(dict[str, Any]):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..context import check_not_fake, has_global_hooks
 from ..dry_run import try_to
-from ..effects import code_read_once, effect_of
+from ..effects import Reach, code_read_once, effect_of
 from ..errors import AlreadyFusedError, FusionError, NotFusableError, text_of
 from ..exact import seeded
 from ..inventory import Found, row_of
@@ -364,7 +364,7 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
             return role + foreign
         for name, part in nn.Module.named_modules(member):  # Not the seat.
             where = f"{role}.{name}" if name else role
-            effect = effect_of(part, original_class(part))
+            effect = effect_of(Reach(part, original_class(part)))
             if effect is not None and effect.happens(part):
                 return f"{where} {effect.what}"
             for key, tensor in (*part._parameters.items(), *part._buffers.items()):
