@@ -23,7 +23,6 @@ from .context import Context
 from .effects import (
     Code,
     Effect,
-    Reach,
     Read,
     code_of,
     effect_of,
@@ -32,6 +31,7 @@ from .effects import (
     settings_of,
 )
 from .originals import original_of
+from .reach import Reach
 
 # What `calling_context` gives outside of every mode, transform and trace.
 _USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .bytecode import function_of, layers_of
 from .context import why_fake
 from .deferred import DeferredOutput
-from .effects import is_code_read_once
 from .errors import SpecMismatchError
+from .findings import is_code_read_once
 from .modules import ModuleState, call_as_itself, original_class, state_of
 from .packing import PackedWeights, Packing, packed_weights, why_not_packed
 from .plain import MemberForm

@@ -18,8 +18,8 @@ from torch import nn
 
 from .chain import Chain
 from .dry_run import try_to
-from .effects import code_read_once
 from .errors import FusionError, NotFusableError, UnfuseError, text_of
+from .findings import code_read_once
 from .inventory import Found, chains_in, members_of, modules_in, row_of, states_of
 from .kernels import builtin_kernels
 from .modules import (

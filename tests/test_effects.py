@@ -20,7 +20,8 @@ from transformers.activations import ACT2CLS, ACT2FN
 from written import assert_same, fuse, model_of, path_of
 
 from module_fusion import unfuse_modules
-from module_fusion.effects import Reach, effect_of
+from module_fusion.effects import effect_of
+from module_fusion.reach import Reach
 
 
 def between(self: Any, x: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ from torch import nn
 
 from ..context import check_not_fake, has_global_hooks
 from ..dry_run import try_to
-from ..effects import Reach, code_read_once, effect_of
+from ..effects import effect_of
 from ..errors import AlreadyFusedError, FusionError, NotFusableError, text_of
 from ..exact import seeded
+from ..findings import code_read_once
 from ..inventory import Found, row_of
 from ..modules import original_class, state_of
 from ..paths import Group, check_paths, find_modules
 from ..plain import why_foreign
 from ..planning import Job, check_no_overlap, make_jobs
+from ..reach import Reach
 from ..report import FusionReport, GroupReport
 from ..spec import External
 from ..surgery import (

@@ -1,0 +1,169 @@
+"""What running a module reaches: methods of it and of those below it, and what they take."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .bytecode import function_of, is_of_torch, methods_of
+from .findings import FUNCTIONS, NOTHING, Findings, findings_of_method, findings_of_value
+from .originals import original_of
+
+# What operators, statements and builtins call, of a class that has it.
+_OPERATORS = frozenset(
+    (
+        *(f"__{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
+        *(f"__r{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
+        "__bool__", "__len__", "__iter__", "__next__", "__reversed__", "__enter__", "__exit__",
+        "__int__", "__float__", "__complex__", "__round__", "__divmod__", "__format__",
+        "__getattr__", "__getattribute__",
+    )
+) - {"__call__"}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """A module, or one below it.
+
+    Attributes:
+        path: names of the children that lead there.
+        names: attributes of the instance, and of its class other than from torch.
+    """
+
+    path: tuple[str, ...]
+    module: nn.Module
+    cls: Any
+    names: frozenset[str]
+
+
+def _names_of(module: nn.Module, cls: type) -> frozenset[str]:
+    names: set[str] = set()
+    for base in reversed(cls.__mro__):
+        if base is object or is_of_torch(base):
+            names -= base.__dict__.keys()
+        else:
+            names |= base.__dict__.keys()
+    return frozenset(names.union(module.__dict__))
+
+
+class Reach:
+    """The methods that run when a module does, and what they take of it and of those below it.
+
+    What is taken of a value (a variable, an item, an argument) is taken of every one of these
+    modules that has it. What a module below does at its own call is in `below`.
+
+    Args:
+        module: it.
+        cls: the class that it counts as an instance of.
+
+    Attributes:
+        runs: what each method does, with the module that it is called on.
+        uses: attributes that are taken of a module, one after the other.
+        below: what each child reaches.
+        places: the module and those below it, by their paths.
+    """
+
+    def __init__(self, module: nn.Module, cls: Any) -> None:
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        self.below = {n: Reach(child, original_of(type(child))) for n, child in children.items()}
+        top = Place((), module, cls, _names_of(module, cls))
+        self.places: dict[tuple[str, ...], Place] = {(): top}
+        for name, reach in self.below.items():
+            for path, place in reach.places.items():
+                self.places[(name, *path)] = place._replace(path=(name, *path))
+        self.runs: list[tuple[Place, Findings]] = []
+        self.uses: list[tuple[Place, tuple[str, ...]]] = []
+        self._known: set[tuple[tuple[str, ...], tuple[str, ...] | str]] = set()
+        self.taken: set[str] = set()
+        forward = function_of(cls.forward)
+        if forward is not None and not is_of_torch(forward):
+            self._run(top, functools.partial(findings_of_method, cls, "forward"))
+        self._take(_OPERATORS.union(*(reach.taken for reach in self.below.values())))
+
+    def _run(self, place: Place, read: Callable[[], Findings]) -> None:
+        try:
+            found = read()
+        except RecursionError:
+            what = "calls functions that call each other too deeply to be read"
+            found = NOTHING._replace(always=what)
+        self.runs.append((place, found))
+        for names in sorted(found.own):
+            self._use(place, names)
+        self._take(found.taken)
+
+    def _use(self, place: Place, names: tuple[str, ...]) -> None:
+        while names and names[0] not in place.module.__dict__:
+            child = self.places.get((*place.path, names[0]))
+            if child is None:
+                break
+            place, names = child, names[1:]
+        # The `forward` of a child is its own call, that of the module runs anyway.
+        if not names or names[0] == "forward" or (place.path, names) in self._known:
+            return
+        self._known.add((place.path, names))
+        self.uses.append((place, names))
+        if method := method_taken(place, names[0]):
+            self._run(place, functools.partial(findings_of_method, place.cls, method))
+        elif function := function_taken(place, names[0]):
+            text = "its " + ".".join((*place.path, names[0]))
+            self._run(place, functools.partial(findings_of_value, function, text, False, {}))
+        self._take(names[1:])
+
+    def _take(self, names: Iterable[str]) -> None:
+        new = frozenset(names) - self.taken
+        self.taken |= new
+        for place in self.places.values() if new else ():
+            for name in sorted(new & place.names):
+                self._use(place, (name,))
+
+    def own_uses(self) -> list[tuple[str, ...]]:
+        return [names for place, names in self.uses if not place.path]
+
+    def own_stores(self) -> frozenset[str]:
+        return frozenset().union(*(found.stored for place, found in self.runs if not place.path))
+
+    def counted(self) -> str | None:
+        """What is stored by one of these modules and read by one of them, None if nothing."""
+        reaches = [self]
+        for reach in reaches:
+            reaches += reach.below.values()
+        stored = {(id(p.module), n) for r in reaches for p, found in r.runs for n in found.stored}
+        read = {(id(p.module), names[0]) for r in reaches for p, names in r.uses}
+        counted = stored & read
+        for place in self.places.values() if counted else ():
+            names = sorted(name for owner, name in counted if owner == id(place.module))
+            if names and place.path:
+                return f"reads what {place.cls.__name__} counts, its {names[0]}"
+            if names:
+                return f"counts its {names[0]}, and reads it"
+        return None
+
+
+def method_taken(place: Place, name: str) -> str | None:
+    """The name under which a class has the method that an attribute is, None if it is none."""
+    value = place.module.__dict__.get(name)
+    if isinstance(value, types.MethodType) and value.__self__ is place.module:
+        name = value.__name__
+        return name if inspect.getattr_static(place.cls, name, None) is value.__func__ else None
+    return name if value is None and methods_of(place.cls, name) else None
+
+
+def function_taken(place: Place, name: str) -> Any:
+    """The function that an attribute is, or what holds some; None if it is none, or a method."""
+    value = attribute_of(place.module, place.cls, name)
+    if isinstance(value, types.FunctionType) and name not in place.module.__dict__:
+        return None
+    return value if isinstance(value, (*FUNCTIONS, functools.partial, tuple)) else None
+
+
+def attribute_of(module: nn.Module, cls: type, name: str) -> Any:
+    own = module.__dict__
+    for place in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+        if name in place:
+            return place[name]
+    return inspect.getattr_static(cls, name, None)
