@@ -95,7 +95,7 @@ class ModuleState:
     form: MemberForm | None = None
     running: Set[int] = frozenset()
     speculation: Speculation
-    checkpoints: weakref.WeakSet[Any] | None = None
+    checkpoints: weakref.WeakSet[Any]
     reason: str | None = None
     inside: dict[int, Inside]
 
@@ -104,6 +104,7 @@ class ModuleState:
         self.module: weakref.ref[nn.Module] | None = weakref.ref(module)
         self.path = path
         self.name = path.rpartition(".")[2]
+        self.checkpoints = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts from: it is armed again when its chain is complete."""
@@ -311,7 +312,7 @@ def state_of(module: nn.Module) -> ModuleState | None:
 
 def _join(module: nn.Module, state: ModuleState) -> None:
     """Make a copied state that of the copied module."""
-    state.module = weakref.ref(module)
+    state.module, state.checkpoints = weakref.ref(module), weakref.WeakSet()
     if state.boundary_of and state.read is None:
         state.read = read_forward(state.original)
     if state.chain is not None:
@@ -571,7 +572,6 @@ def _capture(
         inside.calls.append(weakref.ref(call))
         checkpoint = checkpoint_of(inside.hooks)
         if checkpoint is not None:
-            state.checkpoints = state.checkpoints or weakref.WeakSet()
             state.checkpoints.add(checkpoint)
     if state.outputs == 1:
         return DeferredOutput(call)
@@ -602,10 +602,7 @@ def _runs_again(state: ModuleState, inside: Inside | None) -> bool:
 
     What was learned since does not count there: the saved tensors would be those of other code.
     """
-    known = state.checkpoints
-    if inside is None or not known:
-        return False
-    return checkpoint_of(inside.hooks) in known
+    return inside is not None and checkpoint_of(inside.hooks) in state.checkpoints
 
 
 def _captured_call(

@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -78,7 +78,7 @@ class Reach:
                 self.places[(name, *path)] = place._replace(path=(name, *path))
         self.runs: list[tuple[Place, Findings]] = []
         self.uses: list[tuple[Place, tuple[str, ...]]] = []
-        self._known: set[tuple[tuple[str, ...], tuple[str, ...] | str]] = set()
+        self._known: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
         self.taken: set[str] = set()
         forward = function_of(cls.forward)
         if forward is not None and not is_of_torch(forward):
@@ -121,6 +121,12 @@ class Reach:
             for name in sorted(new & place.names):
                 self._use(place, (name,))
 
+    def all(self, name: str = "") -> Iterator[tuple[str, Reach]]:
+        """It and those below it, by name, in the order of `named_modules`."""
+        yield name, self
+        for key, reach in self.below.items():
+            yield from reach.all(f"{name}.{key}" if name else key)
+
     def own_uses(self) -> list[tuple[str, ...]]:
         return [names for place, names in self.uses if not place.path]
 
@@ -129,9 +135,7 @@ class Reach:
 
     def counted(self) -> str | None:
         """What is stored by one of these modules and read by one of them, None if nothing."""
-        reaches = [self]
-        for reach in reaches:
-            reaches += reach.below.values()
+        reaches = [reach for _, reach in self.all()]
         stored = {(id(p.module), n) for r in reaches for p, found in r.runs for n in found.stored}
         read = {(id(p.module), names[0]) for r in reaches for p, names in r.uses}
         counted = stored & read

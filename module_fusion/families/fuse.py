@@ -364,9 +364,8 @@ def _why_untried(group: Group, roles: Sequence[str]) -> str | None:
         foreign = why_foreign(member)
         if foreign is not None:
             return role + foreign
-        for name, part in nn.Module.named_modules(member):  # Not the seat.
-            where = f"{role}.{name}" if name else role
-            effect = effect_of(Reach(part, original_class(part)))
+        for where, reach in Reach(member, original_class(member)).all(role):
+            part, effect = reach.places[()].module, effect_of(reach)
             if effect is not None and effect.happens(part):
                 return f"{where} {effect.what}"
             for key, tensor in (*part._parameters.items(), *part._buffers.items()):
