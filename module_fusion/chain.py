@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import checkpointed_call
 from .context import calling_context
 from .deferred import CapturedCall, DeferredOutput
 from .errors import add_note
@@ -186,30 +187,42 @@ class Chain:
         self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], str | None]:
         """The chain's inputs, and the reason why the kernel may not have them."""
+        inputs, calls, reason = self._inputs_and_calls(last, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return inputs, reason
+        checkpointed = checkpointed_call(last)
+        if checkpointed is not None:
+            seat: FusedKernel = self.seat  # type: ignore[assignment]
+            reason = checkpointed.decide(last.__dict__[KEY].path, seat.kernel, reason)
+        if reason is None and torch.is_grad_enabled():
+            for call in calls:
+                call.replaced_in_graph = True
+        return inputs, reason
+
+    def _inputs_and_calls(
+        self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], list[CapturedCall], str | None]:
+        """The chain's inputs, the captured calls, and the reason why a kernel may not run."""
         seat: FusedKernel = self.seat  # type: ignore[assignment]
         if seat._members[-1]() is not last:
-            return [], "the module is a copy that shares the kernel of its original"
+            return [], [], "the module is a copy that shares the kernel of its original"
         weights: list[Tensor] = []
         now = calling_context()
         reason = last.__dict__[KEY].form.why_not_plain(last, self.roles[-1], weights)
         if reason is None and not self.collectors:
             reason = why_not_under(now)
         if reason is not None:
-            return [], reason
+            return [], [], reason
         inputs, calls, reason = self._gather(args, kwargs)
         if reason is not None:
-            return [], reason
+            return [], [], reason
         # A captured call has a context that a kernel may run in.
         for call in calls:
             if call.context != now:
-                return [], "the members are called under different grad modes, hooks or graphs"
+                return [], [], "the members are called under different grad modes, hooks or graphs"
             call.check_unmodified()
             weights.extend(call.tensors[: call.weights])
-        reason = seat.why_not_these(inputs, weights)
-        if reason is None and now[0] and not torch.compiler.is_dynamo_compiling():
-            for call in calls:
-                call.replaced_in_graph = True
-        return inputs, reason
+        return inputs, calls, seat.why_not_these(inputs, weights)
 
     def reconnect(self, last: nn.Module) -> None:
         """Join a copied chain to its copied members."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -62,20 +61,6 @@ def calling_context() -> Context:
 def saved_tensors_hooks() -> Any:
     """The hooks for saved tensors that are in force, None if there are none."""
     return top_saved_tensors_hooks(True)
-
-
-def checkpoint_of(hooks: Any) -> Any:
-    """The checkpoint that hooks for saved tensors belong to, None if they belong to none.
-
-    The same object when the checkpoint runs the forward again.
-    """
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
-        return None
-    pack = inspect.unwrap(hooks[0])
-    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=False))
-    if "target_frame_ref" in cells:
-        return cells["target_frame_ref"].cell_contents()
-    return cells["frame"].cell_contents if "frame" in cells else None
 
 
 def has_global_hooks() -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .code import is_calling_torch, is_reading_class, types_asked_for
-from .context import Context, SavedTensorHooks, calling_context, checkpoint_of
+from .context import Context, SavedTensorHooks, calling_context
 from .errors import DeferredUseError
 from .tracing import look_at_trace, trace_again
 from .uses import OF_GRADIENT
@@ -89,7 +89,6 @@ class CapturedCall:
         self.context = context
         self.versions: list[tuple[int, bool]] | None = None
         self.copied: list[int] = []
-        self.refusal: str | None = None
         self.done = False
         self.replaced_in_graph = False
         self.value: Any = None
@@ -163,7 +162,7 @@ class CapturedCall:
 
     def settle(self) -> None:
         """Compute the value while that is still possible."""
-        if self.done or self.refusal is not None:
+        if self.done:
             return
         if self._is_as_it_was() and self._why_not_plain_still() is None:
             self.result()
@@ -176,13 +175,6 @@ class CapturedCall:
         if self.versions is None or self.done:
             return
         self.origin.speculation.used_in_compiled_code = True
-        if self.context[5] is not None:
-            self.refusal = (
-                f"The output of {self.path!r} went into compiled code in a checkpoint. The "
-                f"modules run from now on, so that what is run again in the backward would not be "
-                f"what ran here. Call the model again; or fuse it after compiling parts of it."
-            )
-            return
         self.settle()
 
     def give_away(self) -> None:
@@ -191,9 +183,6 @@ class CapturedCall:
         What the output of a kernel in its place depends on is the kernel's input. So the gradient
         of the value itself lacks what comes by way of the kernel. From the next call on the
         members run.
-
-        Raises:
-            DeferredUseError: in a checkpoint, which will run the members then.
         """
         if not self._lacks_gradient():
             return
@@ -201,12 +190,6 @@ class CapturedCall:
         if speculation.needs_gradient:
             return
         speculation.needs_gradient = True
-        if checkpoint_of(self.context[5]) is not None:
-            raise DeferredUseError(
-                f"The output of {self.path!r} is given to others in a checkpoint, where the code "
-                f"did not tell that it would be. The modules run from now on, so that what is run "
-                f"again in the backward would not be what ran here. Call the model again."
-            )
         warnings.warn(
             f"The output of {self.path!r} is given to others, where the code did not tell that it "
             f"would be, after the kernel has taken its place in the graph. In this call its "
@@ -235,8 +218,6 @@ class CapturedCall:
 
     def check_unmodified(self) -> None:
         """Raise if an input or a weight was modified in place or replaced since the call."""
-        if self.refusal is not None:
-            raise DeferredUseError(self.refusal)
         if not self._is_as_it_was():
             self._refuse_modified()
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .bytecode import layers_of
-from .context import calling_context, checkpoint_of, saved_tensors_hooks
+from .checkpoints import CAPTURED, checkpointed_call
+from .context import calling_context, saved_tensors_hooks
 from .deferred import (
     CapturedCall,
     DeferredOutput,
@@ -76,7 +77,6 @@ class ModuleState:
         running: threads that are inside the kernel at the moment; chains fused by one call
             share it.
         speculation: whether to capture while torch.compile traces.
-        checkpoints: in which a call was captured, for as long as they may run it again.
         reason: why the last call was not captured.
     """
 
@@ -95,7 +95,6 @@ class ModuleState:
     form: MemberForm | None = None
     running: Set[int] = frozenset()
     speculation: Speculation
-    checkpoints: weakref.WeakSet[Any]
     reason: str | None = None
     inside: dict[int, Inside]
 
@@ -104,7 +103,6 @@ class ModuleState:
         self.module: weakref.ref[nn.Module] | None = weakref.ref(module)
         self.path = path
         self.name = path.rpartition(".")[2]
-        self.checkpoints = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts from: it is armed again when its chain is complete."""
@@ -112,7 +110,6 @@ class ModuleState:
             "module": None,
             "holders": None if self.holders is None or self.holders else (),
             "inside": {},
-            "checkpoints": None,
             "armed": 0,
             "form": None,
             "running": frozenset(),
@@ -211,6 +208,8 @@ class RegistryCollector(_Swapped):
         if not isinstance(self, RegistryCollector):
             return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None or not state.armed:
+            if state is not None:
+                _decide_unarmed(self, state, "it waits for no kernel")
             return super().__call__(*args, **kwargs)
         captured = _capture(self, state, args, kwargs)
         if captured is not None:
@@ -247,6 +246,7 @@ class FusedModule(_Swapped):
         if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
                 chain.count_members_run()
+            _decide_unarmed(self, state, chain.why_not_running())
             return super().__call__(*args, **kwargs)
         inputs, reason = chain.kernel_inputs(self, args, kwargs)
         if reason is None:
@@ -312,7 +312,7 @@ def state_of(module: nn.Module) -> ModuleState | None:
 
 def _join(module: nn.Module, state: ModuleState) -> None:
     """Make a copied state that of the copied module."""
-    state.module, state.checkpoints = weakref.ref(module), weakref.WeakSet()
+    state.module = weakref.ref(module)
     if state.boundary_of and state.read is None:
         state.read = read_forward(state.original)
     if state.chain is not None:
@@ -546,35 +546,47 @@ def _capture(
     module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The call's deferred output, or None where the module has to run now."""
-    inside = None
     if torch.compiler.is_dynamo_compiling():
         if not state.speculation.holds:
             return None
-    else:
-        caller = get_ident()
-        if caller in state.running:
-            return None
-        inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
-        state.reason = _why_not_there(state, inside)
-        if state.reason is not None:
-            return None
-    call, reason = _captured_call(module, state, args, kwargs)
-    if not torch.compiler.is_dynamo_compiling():
-        is_known = state.speculation.needs_gradient and not _runs_again(state, inside)
-        if (is_known or state.is_given_away) and call is not None and call.context[0]:
-            # A kernel in its place would leave it without a way to the output in the graph.
-            reason = f"gradients are recorded, and the output of {state.name} is given to others"
-            call = None
-        state.reason = reason
-    if call is None:
+        return _deferred(state, _captured_call(module, state, args, kwargs)[0])
+    caller = get_ident()
+    if caller in state.running:
         return None
-    if inside is not None:
-        inside.calls.append(weakref.ref(call))
-        checkpoint = checkpoint_of(inside.hooks)
-        if checkpoint is not None:
-            state.checkpoints.add(checkpoint)
-    if state.outputs == 1:
-        return DeferredOutput(call)
+    checkpointed = checkpointed_call(module)
+    inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
+    # What was learned since does not count where a checkpoint runs the call again.
+    is_repeated = checkpointed is not None and checkpointed.is_repeated
+    call = None
+    reason = _why_not_there(state, inside)
+    if reason is None and state.speculation.used_in_compiled_code and not is_repeated:
+        reason = f"the output of {state.name} goes into compiled code"
+    if reason is None:
+        call, reason = _captured_call(module, state, args, kwargs)
+    is_given_away = state.speculation.needs_gradient or state.is_given_away
+    if call is not None and call.context[0] and is_given_away and not is_repeated:
+        # A kernel in its place would leave it without a way to the output in the graph.
+        reason = f"gradients are recorded, and the output of {state.name} is given to others"
+    if checkpointed is not None:
+        reason = checkpointed.decide(state.path, CAPTURED, reason)
+    state.reason = reason
+    if call is None or reason is not None:
+        return None
+    inside.calls.append(weakref.ref(call))  # type: ignore[union-attr]
+    return _deferred(state, call)
+
+
+def _decide_unarmed(module: nn.Module, state: ModuleState, reason: str) -> None:
+    """Tell a checkpoint that the member runs; raise where a kernel ran when it was run first."""
+    if not torch.compiler.is_dynamo_compiling():
+        checkpointed = checkpointed_call(module)
+        if checkpointed is not None:
+            checkpointed.decide(state.path, None, reason)
+
+
+def _deferred(state: ModuleState, call: CapturedCall | None) -> Any:
+    if call is None or state.outputs == 1:
+        return None if call is None else DeferredOutput(call)
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
 
 
@@ -592,17 +604,7 @@ def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
         return f"{state.name} is in a checkpoint, or under other hooks for saved tensors, alone"
     if inside.backward != torch._C._current_graph_task_id():
         return f"{state.name} is called in a backward"
-    if state.speculation.used_in_compiled_code and not _runs_again(state, inside):
-        return f"the output of {state.name} goes into compiled code"
     return None
-
-
-def _runs_again(state: ModuleState, inside: Inside | None) -> bool:
-    """Whether a checkpoint runs a forward again in which a call of this module was captured.
-
-    What was learned since does not count there: the saved tensors would be those of other code.
-    """
-    return inside is not None and checkpoint_of(inside.hooks) in state.checkpoints
 
 
 def _captured_call(

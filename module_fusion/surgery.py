@@ -17,6 +17,7 @@ from kernels import Mode, kernelize
 from torch import nn
 
 from .chain import Chain
+from .checkpoints import refuse_to_repeat
 from .dry_run import try_to
 from .errors import FusionError, NotFusableError, UnfuseError, text_of
 from .findings import code_read_once
@@ -418,6 +419,7 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], others: Sequence[nn.M
     for found in chains:
         for packing in found.chain.packings:
             packing.separate(members_of(found))
+    refuse_to_repeat(member for found in chains for member in members_of(found))
     for found in chains:
         found.chain.set_packings(())
         if found.chain.seat is not None:

@@ -176,6 +176,15 @@ def test_layers_of_transformers_are_checkpointed_as_before_with_the_right_gradie
     assert runs(kernel) == (4 if with_kernel else 0)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+    # What is hooked in the forward alone is run again without the kernel, as it ran.
+    for either in (model, twin):
+        either.zero_grad()
+        hook = either.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        loss = either(tokens, labels=tokens).loss
+        hook.remove()
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_peft_model_around_a_fused_model_and_fused_through_it(x: Tensor) -> None:

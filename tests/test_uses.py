@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -353,14 +352,22 @@ def test_a_value_that_leaves_unseen_is_that_of_the_members_from_the_next_call_on
 
 
 @pytest.mark.parametrize("forward", [through_a_method, on_the_module_by_a_function])
-def test_a_value_that_leaves_unseen_in_a_checkpoint_is_an_error_once_and_then_right(
+def test_a_value_that_leaves_unseen_in_a_checkpoint_is_a_warning_and_its_gradients_are_right(
     forward: Callable[..., Any], x: Tensor
 ) -> None:
-    def slopes(y: Tensor, h: Tensor, given: Tensor) -> Any:
-        return torch.autograd.grad(y.square().sum() + h.sum(), given)
-
-    call = functools.partial(checkpoint, use_reentrant=False)
-    check_refused_once(forward, x, call, slopes, r"given to others in a checkpoint.*again")
+    results = []
+    for is_fused in (False, True, True):
+        if len(results) < 2:
+            block = model_with(forward, x, is_fused)
+        given = x.clone().requires_grad_()
+        with GIVEN if len(results) == 1 else nullcontext():
+            y, h = checkpoint(block, given, use_reentrant=False)
+        wanted = [given, *block.parameters()]
+        results.append(torch.autograd.grad(y.square().sum() + h.sum(), wanted))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+    counts = [(g.kernel_calls, g.member_calls) for g in report(block).groups]
+    assert counts == [(2, 2)]
 
 
 def dry_run(model: nn.Module) -> None:

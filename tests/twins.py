@@ -127,9 +127,9 @@ class Twins:
         try:
             got = outcome(self.ours, step)
         except DeferredUseError as error:
-            # The limits: an input modified in place; a hook that is an autograd function; a value
-            # that leaves a block in a checkpoint for the first time.
-            if "is given to others in a checkpoint" in str(error):
+            # The limits: an input modified in place; a hook that is an autograd function; a
+            # checkpoint whose model was changed before it runs it again.
+            if "A checkpoint runs" in str(error):
                 reject()
             modules = self.twin.model.modules()
             hooked = any(m._backward_hooks or m._backward_pre_hooks for m in modules)
