@@ -9,8 +9,9 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import kernels
@@ -80,6 +81,16 @@ class _Both(io.TextIOBase):
 
 def _script() -> str:
     return Path(sys.argv[0]).name
+
+
+def in_turn(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each function returns, called one after the other in every round."""
+    values: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            values[name].append(functions[name]())
+    return {name: statistics.median(found) for name, found in values.items()}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "<") -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import Repository, machine, print_table, saved
+from common import Repository, in_turn, machine, print_table, saved
 from kernels import Mode, use_kernel_mapping
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -115,16 +114,6 @@ def variants(stack: Stack, device: str) -> dict[str, Stack]:
 def stack_of(hidden: int, intermediate: int, blocks: int, device: str, dtype: torch.dtype) -> Stack:
     torch.manual_seed(0)
     return Stack([Block(hidden, intermediate).to(device, dtype) for _ in range(blocks)])
-
-
-def in_turn(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each function returns, called one after the other in every round."""
-    values: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            values[name].append(functions[name]())
-    return {name: statistics.median(found) for name, found in values.items()}
 
 
 def gpu_time(function: Callable[[], Any], repeats: int) -> float:
