@@ -100,10 +100,10 @@ def default(hidden: int, intermediate: int, tokens: int, processors: int) -> Ski
     return Skinny(1, Stream(4, depth, 4, stages), Stream(columns, down_depth, 4, down_stages))
 
 
-def skinny(x_MH: Tensor, weights: Weights) -> Skinny | None:
+def skinny(x: Tensor, weights: Weights) -> Skinny | None:
     """The configuration for few tokens, None where cuBLAS does the products."""
-    tokens = x_MH.shape[0]
-    if tokens > MOST_TOKENS or x_MH.dtype == torch.float32:
+    tokens = x.numel() // x.shape[-1]
+    if tokens > MOST_TOKENS or x.dtype == torch.float32:
         return None
     matrices = (weights.gate, weights.down) if weights.up is None else weights[1:4]
     for tensor in (*matrices, weights.norm, *weights[4:]):
@@ -111,7 +111,7 @@ def skinny(x_MH: Tensor, weights: Weights) -> Skinny | None:
             return None
     hidden, intermediate = weights.down.shape
     return _chosen(
-        x_MH.device.index if x_MH.is_cuda else None,
+        x.get_device() if x.is_cuda else None,
         hidden,
         intermediate,
         1 if tokens == 1 else MOST_TOKENS,

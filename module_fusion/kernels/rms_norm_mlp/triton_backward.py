@@ -107,7 +107,7 @@ def _rms_norm_gradients(
     block, warps = norm_launch(H)
     launch(
         _rms_norm_backward, programs,
-        (dy_MH, x_MH, weight, rstd_M, dx_MH, dw_PH, x_MH.stride(0), M, H),
+        (dy_MH, x_MH, weight, rstd_M, dx_MH, dw_PH), (x_MH.stride(0), M, H),
         (weight is not None, options.norm, need_dx, need_dw, block), warps,
     )  # fmt: skip
     dw = None if dw_PH is None else dw_PH.sum(0).to(x_MH.dtype)
@@ -197,10 +197,8 @@ def _gated_gradients(
     block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
     launch(
         _gated_backward, M * triton.cdiv(I, block),
-        (
-            dproduct_MI, gate_MI, up_MI, product_MI, dgate_MI, dup_MI,
-            gate_MI.stride(0), up_MI.stride(0), dgate_MI.stride(0), dup_MI.stride(0), I,
-        ),
+        (dproduct_MI, gate_MI, up_MI, product_MI, dgate_MI, dup_MI),
+        (gate_MI.stride(0), up_MI.stride(0), dgate_MI.stride(0), dup_MI.stride(0), I),
         (options.activation, block),
     )  # fmt: skip
     return product_MI, (both if merged else dgate_MI), dup_MI

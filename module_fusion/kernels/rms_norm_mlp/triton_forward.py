@@ -188,7 +188,7 @@ def rms_norm(
     y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
     block, warps = norm_launch(H)
     launch(
-        _rms_norm, M, (x_MH, weight, y_MH, rstd_M, x_MH.stride(0), H, options.eps),
+        _rms_norm, M, (x_MH, weight, y_MH, rstd_M), (x_MH.stride(0), H, options.eps),
         (weight is not None, options.norm, rstd_M is not None, block), warps,
     )  # fmt: skip
     return y_MH
@@ -201,7 +201,7 @@ def gated(gate_MI: Tensor, up_MI: Tensor, activation: str) -> Tensor:
     block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
     launch(
         _gated, M * triton.cdiv(I, block),
-        (gate_MI, up_MI, y_MI, gate_MI.stride(0), up_MI.stride(0), I), (activation, block),
+        (gate_MI, up_MI, y_MI), (gate_MI.stride(0), up_MI.stride(0), I), (activation, block),
     )  # fmt: skip
     return y_MI
 
@@ -221,10 +221,10 @@ def forward(x: Tensor, weights: Weights, options: Options) -> Tensor:
     Returns:
         `(..., hidden)`, contiguous.
     """
-    x_MH = rows(x)
-    config = skinny(x_MH, weights)
+    config = skinny(x, weights)
     if config is not None:
-        return _shaped(_few_tokens(x_MH, weights, options, config), x)
+        return _few_tokens(x, weights, options, config)
+    x_MH = rows(x)
     h_MH = rms_norm(x_MH, weights.norm, options)
     gate_MI, up_MI = gate_and_up(h_MH, weights, options.gate_first)
     product_MI = gated(gate_MI, up_MI, options.activation)
@@ -267,8 +267,9 @@ def halves(gate: Tensor, up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     return (first, second) if gate_first else (second, first)
 
 
-def _few_tokens(x_MH: Tensor, weights: Weights, options: Options, config: Skinny) -> Tensor:
-    M, H = x_MH.shape
+def _few_tokens(x: Tensor, weights: Weights, options: Options, config: Skinny) -> Tensor:
+    H = x.shape[-1]
+    M = x.numel() // H
     gate_IH, up_IH = weights.gate, weights.up
     gate_bias, up_bias = weights.gate_bias, weights.up_bias
     if up_IH is None:
@@ -276,15 +277,15 @@ def _few_tokens(x_MH: Tensor, weights: Weights, options: Options, config: Skinny
         if gate_bias is not None:
             gate_bias, up_bias = halves_of_rows(gate_bias, options.gate_first)
     I = gate_IH.shape[0]
+    # Every view costs host time, of which a call of one token is made.
+    x_MH = x if x.is_contiguous() else rows(x)
     if M > 1:
-        x_MH = rms_norm(x_MH, weights.norm, options)
-    product_MI = torch.empty((M, I), dtype=x_MH.dtype, device=x_MH.device)
+        x_MH = rms_norm(rows(x), weights.norm, options)
+    product_MI = x_MH.new_empty((M, I))
     launch(
         _skinny_gate_up, config.gate_up.programs(I),
-        (
-            x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI,
-            x_MH.stride(0), M, H, I, options.eps,
-        ),
+        (x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI),
+        (H if x_MH.is_contiguous() else x_MH.stride(0), M, H, I, options.eps),
         (
             weights.norm is not None, options.norm, options.activation,
             gate_bias is not None, up_bias is not None,
@@ -293,10 +294,10 @@ def _few_tokens(x_MH: Tensor, weights: Weights, options: Options, config: Skinny
         ),
         config.gate_up.warps,
     )  # fmt: skip
-    y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
+    y_MH = x_MH.new_empty(x.shape)
     launch(
         _skinny_down, config.down.programs(H),
-        (product_MI, weights.down, weights.down_bias, y_MH, M, I, H),
+        (product_MI, weights.down, weights.down_bias, y_MH), (M, I, H),
         (
             weights.down_bias is not None,
             config.tokens, config.down.columns, config.down.depth,
