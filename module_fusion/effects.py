@@ -110,40 +110,10 @@ class Code(NamedTuple):
     Attributes:
         methods: classes, the name of an attribute that is looked up on each, and what it is now.
         functions: Python functions, with what may be exchanged in each.
-        traced: those of the methods that torch.compile can look up, of modules.
     """
 
     methods: tuple[tuple[Any, str, Any], ...]
     functions: tuple[tuple[types.FunctionType, types.CodeType, Any, Any], ...]
-    traced: tuple[tuple[Any, str, Any], ...] = ()
-
-    def why_not_same(self) -> str | None:
-        """Which of it was replaced since, None if nothing was."""
-        compiling = torch.compiler.is_dynamo_compiling()
-        for owner, name, value in self.traced if compiling else self.methods:
-            now = getattr(owner, name, None)
-            if now is not value and (compiling or now != value):
-                return f"has a class whose {name} was replaced, {owner.__name__}"
-        for function, code, defaults, keywords in self.functions:
-            if (
-                function.__code__ is not code
-                or _are_others(function.__defaults__, defaults, compiling)
-                or (function.__kwdefaults__ is not keywords and not compiling)
-            ):
-                return f"runs {function.__qualname__}, whose code was replaced"
-        return None
-
-
-def _are_others(now: Any, defaults: Any, compiling: bool) -> bool:
-    """Whether a function has other defaults; torch.compile makes a tuple of its own of them."""
-    if not compiling:
-        return now is not defaults
-    if now is None or defaults is None or len(now) != len(defaults):
-        return now is not None or defaults is not None
-    for index in range(len(defaults)):
-        if now[index] is not defaults[index] and now[index] != defaults[index]:
-            return True
-    return False
 
 
 def code_of(reach: Reach) -> Code:

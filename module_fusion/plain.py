@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import weakref
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from .effects import (
 )
 from .originals import original_of
 from .reach import Reach
+from .replaced import WatchedCode
 
 # What `calling_context` gives outside of every mode, transform and trace.
 _USUAL = (True, False, False, False, True, None, 0, 0, False, False, False)
@@ -56,6 +58,10 @@ class _Part(NamedTuple):
     parameters: tuple[tuple[str, torch.dtype | None, torch.device | None], ...]
 
 
+# The form of the member of each class that was looked at last.
+_LAST: weakref.WeakValueDictionary[type, MemberForm] = weakref.WeakValueDictionary()
+
+
 class MemberForm:
     """The form of a member and of every module below it.
 
@@ -70,17 +76,20 @@ class MemberForm:
         self._methods: dict[tuple[Any, str, Any], None] = {}
         self._functions: dict[Any, tuple[FunctionType, CodeType, Any, Any]] = {}
         self._add(Reach(member, original_of(type(member))), "", -1, "")
-        traced = tuple(
-            entry
-            for entry in self._methods
-            if issubclass(entry[0], nn.Module) and isinstance(entry[2], FunctionType)
-        )
-        self.code = Code(tuple(self._methods), tuple(self._functions.values()), traced)
+        self.code = WatchedCode(self._methods, self._functions.values())
         parameters = [p for part in self.parts for p in part.parameters]
         self.dtypes = {d for _, d, _ in parameters if d is not None and d.is_floating_point}
         self.devices = {device for _, _, device in parameters if device is not None}
         self.has_buffers = any(True for _ in member.buffers())
         self.has_weights = self.has_buffers or bool(self.devices)
+        self._share()
+
+    def _share(self) -> None:
+        """Have what equal members have in common once: a call then finds it in the cache."""
+        like = _LAST.get(self.parts[0].cls)
+        if like is not None and like.parts == self.parts and like.code.is_like(self.code):
+            self.parts, self.code = like.parts, like.code
+        _LAST[self.parts[0].cls] = self
 
     def _add(self, reach: Reach | None, name: str, parent: int, key: str) -> None:
         index = len(self.parts)
@@ -135,11 +144,16 @@ class MemberForm:
 
         Adds the parameters and buffers of the member to `weights`.
         """
+        compiling = torch.compiler.is_dynamo_compiling()
+        if not compiling:
+            before = len(weights)
+            if self._is_plain(member, weights):
+                return None
+            del weights[before:]
         if self.foreign is not None:
             return role + self.foreign
         if reason := self.code.why_not_same():
             return f"{role} {reason}"
-        compiling = torch.compiler.is_dynamo_compiling()
         modules: list[Any] = []
         for part in self.parts:
             name, parent, key, cls, effect, settings, reads, absent, children, parameters = part
@@ -198,6 +212,66 @@ class MemberForm:
             if own["_buffers"]:
                 weights.extend(b for b in own["_buffers"].values() if b is not None)
         return None
+
+    def _is_plain(self, member: nn.Module, weights: list[Tensor]) -> bool:
+        """What `why_not_plain` finds out, with less Python: it is asked at every eager call."""
+        if self.foreign is not None or not self.code.is_same():
+            return False
+        modules: list[Any] = []
+        for (
+            _,
+            parent,
+            key,
+            cls,
+            effect,
+            settings,
+            reads,
+            absent,
+            children,
+            parameters,
+        ) in self.parts:
+            module: Any = modules[parent].__dict__["_modules"].get(key) if modules else member
+            modules.append(module)
+            if type(module) is not cls:
+                return False
+            if module is None:
+                continue
+            own = module.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or not own.keys().isdisjoint(absent)
+                or (effect is not None and effect.happens(module))
+            ):
+                return False
+            for setting, value in settings:
+                now = own.get(setting)
+                if now is not value and is_other(now, value):
+                    return False
+            for read in reads:
+                if read.differs(module):
+                    return False
+            own_parameters = own["_parameters"]
+            if len(own["_modules"]) != children or len(own_parameters) != len(parameters):
+                return False
+            for parameter_key, dtype, device in parameters:
+                parameter = own_parameters.get(parameter_key)
+                if parameter is None:
+                    if dtype is not None:
+                        return False
+                    continue
+                if (
+                    type(parameter) is not nn.Parameter
+                    or parameter.dtype is not dtype
+                    or parameter.device != device
+                ):
+                    return False
+                weights.append(parameter)
+            if own["_buffers"]:
+                weights.extend(b for b in own["_buffers"].values() if b is not None)
+        return True
 
     def holds_same_weights(self, member: nn.Module, weights: list[Tensor]) -> bool:
         """Whether the member still has the parameters and buffers it had, the very objects."""

@@ -41,16 +41,20 @@ def launch(
         with torch.cuda.device(index):
             return launch(function, programs, tensors, numbers, constants, warps)
     bits = 0
+    pointers: list[int | None] = []
     dtypes: list[torch.dtype | None] = []
     for tensor in tensors:
         if tensor is None:
+            pointers.append(None)
             dtypes.append(None)
         else:
-            bits |= tensor.data_ptr()
+            pointer = tensor.data_ptr()
+            bits |= pointer
+            pointers.append(pointer)
             dtypes.append(tensor.dtype)
     unaligned = None
     if bits & 15:
-        unaligned = tuple([None if t is None else t.data_ptr() & 15 for t in tensors])
+        unaligned = tuple([None if pointer is None else pointer & 15 for pointer in pointers])
     key = (id(function), index, warps, constants, numbers, tuple(dtypes), unaligned)
     compiled = _COMPILED.get(key)
     if compiled is None:
@@ -62,9 +66,10 @@ def launch(
                 _COMPILED.clear()
             _COMPILED[key] = compiled
     elif _DIRECT and not _is_watched():
+        # Of a number it does not ask the driver whether that is memory of this device.
         compiled.run(
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(index), compiled.function,
-            compiled.packed_metadata, None, None, None, *tensors, *numbers, *constants,
+            compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants,
         )  # fmt: skip
     else:
         compiled[programs, 1, 1](*tensors, *numbers, *constants)
