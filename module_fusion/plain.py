@@ -218,21 +218,12 @@ class MemberForm:
         if self.foreign is not None or not self.code.is_same():
             return False
         modules: list[Any] = []
-        for (
-            _,
-            parent,
-            key,
-            cls,
-            effect,
-            settings,
-            reads,
-            absent,
-            children,
-            parameters,
-        ) in self.parts:
+        for part in self.parts:
+            _, parent, key, cls, effect, settings, reads, absent, children, parameters = part
             module: Any = modules[parent].__dict__["_modules"].get(key) if modules else member
             modules.append(module)
-            if type(module) is not cls:
+            kind: Any = type(module)
+            if kind is not cls:
                 return False
             if module is None:
                 continue
