@@ -961,3 +961,31 @@ def test_rows_know_the_sources_that_their_checks_run(
     changed = after("module_fusion/chain.py")
     assert changed != before
     assert after("benchmarks/zoo/check.py") not in (before, changed)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.int64,
+     torch.int8, torch.float8_e4m3fn],
+    ids=str,
+)  # fmt: skip
+def test_one_other_bit_anywhere_in_a_tensor_is_seen(dtype: torch.dtype) -> None:
+    size = torch.empty((), dtype=dtype).element_size()
+    for count, start in itertools.product((0, 1, 2, 3, 8, 9), (0, 1, 2, 8)):
+        # Whatever the bits are, NaN and -0.0 among them, they are the same as themselves.
+        tensors = [torch.full(((count + start) * size,), 255, dtype=torch.uint8) for _ in range(2)]
+        first, second = (t.view(dtype)[start:] if len(t) else t.view(dtype) for t in tensors)
+        assert same_bits([first], [second])
+        for place in range(start * size, (start + count) * size):
+            tensors[1][place] ^= 128
+            assert not same_bits([first], [second])
+            tensors[1][place] ^= 128
+
+
+def test_views_are_compared_by_what_they_show() -> None:
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    assert same_bits([value.conj()], [torch.tensor([1 - 2j, 3 + 4j])])
+    assert not same_bits([value.conj()], [value])
+    assert same_bits([value.conj().imag], [torch.tensor([1 - 2j, 3 + 4j]).imag])
+    assert not same_bits([value.conj().imag], [value.imag])
+    assert not same_bits([torch.tensor(0j)], [torch.tensor(complex(-0.0, 0.0))])
