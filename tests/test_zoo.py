@@ -988,4 +988,7 @@ def test_views_are_compared_by_what_they_show() -> None:
     assert not same_bits([value.conj()], [value])
     assert same_bits([value.conj().imag], [torch.tensor([1 - 2j, 3 + 4j]).imag])
     assert not same_bits([value.conj().imag], [value.imag])
+    negative = torch._neg_view(torch.ones(4))
+    assert same_bits([negative], [-torch.ones(4)])
+    assert not same_bits([negative], [torch.ones(4)])
     assert not same_bits([torch.tensor(0j)], [torch.tensor(complex(-0.0, 0.0))])
