@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from module_fusion import ModuleSpec, fuse, fuse_modules, fused, report, unfuse_modules
+from module_fusion.modules import state_of
 
 HIDDEN, INTERMEDIATE = 32, 64
 
@@ -1026,3 +1027,61 @@ def test_functions_with_defaults_have_their_kernel_in_a_compiled_graph() -> None
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(x), x)
+
+
+def good_twice(self: Any, x: Tensor) -> Any:
+    x = x + self.mlp(self.norm(x))
+    return 2 * x + self.mlp2(self.norm2(x))
+
+
+def fuse_one_with_and_one_without_its_kernel(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the code around both is another one since."""
+    fuse_modules(model, {"norm": "0.norm", "mlp": "0.mlp"}, kernel="RMSNormMLP")
+    monkeypatch.setattr(Two, "forward", asking_twice)
+    fuse_modules(model, {"norm": "0.norm2", "mlp": "0.mlp2"}, kernel="RMSNormMLP")
+    assert [bool(state_of(m).chain.armed) for m in (model[0].mlp, model[0].mlp2)] == [True, False]
+    monkeypatch.setattr(Two, "forward", good_twice)
+
+
+def test_fusing_by_family_reads_the_code_around_all_of_its_chains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Two()), torch.randn(4, HIDDEN)
+    twin = copy.deepcopy(model)
+    fuse_one_with_and_one_without_its_kernel(model, monkeypatch)
+    fuse(model)
+    torch.testing.assert_close(model(x), twin(x))
+    assert [(g.kernel_calls, g.reason) for g in report(model).groups] == [(1, None)] * 2
+    monkeypatch.setattr(Two, "forward", asking_twice)
+    assert torch.equal(model(x), twin(x))
+
+
+def test_fusing_by_family_leaves_what_it_was_not_asked_to_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Two()), torch.randn(4, HIDDEN)
+    fuse_one_with_and_one_without_its_kernel(model, monkeypatch)
+    monkeypatch.setattr(Two, "forward", asking_twice)
+    twin = copy.deepcopy(model)
+    unfuse_modules(twin)
+    fuse(model, {"rms_norm_mlp": {"include": "0.norm2"}})
+    assert torch.equal(model(x), twin(x))
+    assert [g.kernel_calls for g in report(model).groups] == [0, 0]
+
+
+def test_a_call_that_raises_gives_back_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Two())
+    fuse_one_with_and_one_without_its_kernel(model, monkeypatch)
+    chains = [state_of(member).chain for member in (model[0].mlp, model[0].mlp2)]
+    before = [(c.armed, c.refusal, c.boundary.read) for c in chains]
+    with (
+        mock.patch("module_fusion.families.fuse._compare", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        fuse(model, {"rms_norm_mlp": True})
+    assert [(c.armed, c.refusal, c.boundary.read) for c in chains] == before

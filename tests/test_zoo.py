@@ -20,6 +20,8 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.comptime import comptime
+from torch._dynamo.exc import RestartAnalysis
 from torch.nn import functional as F
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -961,3 +963,79 @@ def test_rows_know_the_sources_that_their_checks_run(
     changed = after("module_fusion/chain.py")
     assert changed != before
     assert after("benchmarks/zoo/check.py") not in (before, changed)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.int64,
+     torch.int8, torch.float8_e4m3fn],
+    ids=str,
+)  # fmt: skip
+def test_one_other_bit_anywhere_in_a_tensor_is_seen(dtype: torch.dtype) -> None:
+    size = torch.empty((), dtype=dtype).element_size()
+    for count, start in itertools.product((0, 1, 2, 3, 8, 9), (0, 1, 2, 8)):
+        # Whatever the bits are, NaN and -0.0 among them, they are the same as themselves.
+        tensors = [torch.full(((count + start) * size,), 255, dtype=torch.uint8) for _ in range(2)]
+        first, second = (t.view(dtype)[start:] if len(t) else t.view(dtype) for t in tensors)
+        assert same_bits([first], [second])
+        for place in range(start * size, (start + count) * size):
+            tensors[1][place] ^= 128
+            assert not same_bits([first], [second])
+            tensors[1][place] ^= 128
+
+
+def test_views_are_compared_by_what_they_show() -> None:
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    assert same_bits([value.conj()], [torch.tensor([1 - 2j, 3 + 4j])])
+    assert not same_bits([value.conj()], [value])
+    assert same_bits([value.conj().imag], [torch.tensor([1 - 2j, 3 + 4j]).imag])
+    assert not same_bits([value.conj().imag], [value.imag])
+    negative = torch._neg_view(torch.ones(4))
+    assert same_bits([negative], [-torch.ones(4)])
+    assert not same_bits([negative], [torch.ones(4)])
+    assert not same_bits([torch.tensor(0j)], [torch.tensor(complex(-0.0, 0.0))])
+
+
+def _start_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every kernel but the first, as the trace of a graph does that was wrong."""
+    traces: set[int] = set()
+
+    def start_again(context: Any) -> None:
+        trace = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+        if len(traces) < 2:
+            traces.add(len(traces))
+            if len(traces) == 2:
+                trace.speculation_log.clear()
+                raise RestartAnalysis(restart_reason="a test")
+
+    def change(y: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            comptime(start_again)
+        return y
+
+    _after_kernels(True, change)(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        (None, None),
+        (lambda: not torch.compiler.is_dynamo_compiling(), "2 of 0"),
+        (torch.compiler.is_dynamo_compiling, "0 of 2"),
+    ],
+)
+def test_kernels_in_a_graph_are_counted_once_where_its_trace_started_again(
+    where: Callable[[], bool] | None, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tiny()
+    expected = compare.expectation(built)
+    with monkeypatch.context() as patch:
+        _start_again_once(patch)
+        if where is None:
+            assert extras.check_compiled(built, expected, None) == "same"
+            assert len(extras._TRACED) == 4
+            assert len(extras._MADE) == 1
+            return
+        _never_where(where, "why")(patch)
+        with pytest.raises(compare.Fault, match=f"{fault} calls of kernels are in the graph"):
+            extras.check_compiled(built, expected, None)

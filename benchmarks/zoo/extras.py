@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from structure import plain_values, structure
+from torch._guards import TracingContext
 
 from module_fusion import report
 from module_fusion.chain import Chain
@@ -187,12 +188,11 @@ def _compiled_on_kernel(built: Built, with_gradients: bool, how: str) -> Results
         now.paths: now.kernel_calls - earlier.kernel_calls
         for earlier, now in zip(before, report(built.model).groups, strict=True)
     }
-    _TRACED.clear()
-    with _counting():
+    with _counting() as in_graphs:
         found = _compiled(built, with_gradients)
     wanted = sum(count for paths, count in calls.items() if not _why_not_in_graph(built, paths))
-    if len(_TRACED) < wanted:
-        raise Fault(f"{how}: {len(_TRACED)} of {wanted} calls of kernels are in the graph")
+    if in_graphs() != wanted:
+        raise Fault(f"{how}: {in_graphs()} of {wanted} calls of kernels are in the graph")
     return found
 
 
@@ -201,16 +201,23 @@ def _why_not_in_graph(built: Built, paths: tuple[str, ...]) -> str | None:
     return None if state is None or state.chain is None else state.chain.why_not_compiled()
 
 
-_TRACED: list[None] = []
+_TRACED: list[Any] = []
+_MADE: list[Any] = []
 
 
 @torch.compiler.assume_constant_result  # Runs while the graph is made.
 def _note_traced() -> None:
-    _TRACED.append(None)
+    _TRACED.append(TracingContext.get())
+
+
+def _backend(graph: Any, inputs: Any) -> Any:
+    """`aot_eager`, which notes the traces that were not given up to start again."""
+    _MADE.append(TracingContext.get())
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
 @contextmanager
-def _counting() -> Iterator[None]:
+def _counting() -> Iterator[Callable[[], int]]:
     """Inside, kernels that become part of a graph are counted."""
 
     def run_kernel(self: Chain, inputs: list[Any]) -> Any:
@@ -218,10 +225,15 @@ def _counting() -> Iterator[None]:
             _note_traced()
         return real(self, inputs)
 
+    def in_graphs() -> int:
+        return sum(any(trace is made for made in _MADE) for trace in _TRACED)
+
+    _TRACED.clear()
+    _MADE.clear()
     real = Chain.run_kernel
     Chain.run_kernel = run_kernel  # type: ignore[method-assign]
     try:
-        yield
+        yield in_graphs
     finally:
         Chain.run_kernel = real  # type: ignore[method-assign]
 
@@ -230,7 +242,7 @@ def _compiled(built: Built, with_gradients: bool) -> Results:
     """What one graph gives, and nothing is compiled before or after."""
     torch.compiler.reset()
     try:
-        model = torch.compile(built.model, fullgraph=True, backend="aot_eager")
+        model = torch.compile(built.model, fullgraph=True, backend=_backend)
         outputs, gradients = _results(model, built, with_gradients)
     finally:
         torch.compiler.reset()

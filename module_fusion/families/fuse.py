@@ -228,7 +228,8 @@ def _fuse_family(
     # members as they are now.
     empty = [job for job in jobs if not (job.is_fused and job.chain.armed)]
     kept = [job for job in jobs if job not in empty]
-    restore += read_again(kept)
+    # All at once: what is around several chains is read where each of them is fused again.
+    restore += read_again(jobs)
     with code_read_once():
         for job in kept:
             job.chain.seat._arm()  # type: ignore[union-attr]
