@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ class Reach:
         self.runs.append((place, found))
         for names in sorted(found.own):
             self._use(place, names)
-        for names, asked in found.loose:
+        for names, asked in sorted(found.loose, key=operator.itemgetter(0)):
             self._let_go(place, names, asked)
         self._take(found.taken)
 
@@ -150,7 +151,7 @@ class Reach:
     def _take(self, names: Iterable[str]) -> None:
         new = frozenset(names) - self.taken
         self.taken |= new
-        for path in tuple(self.loose) if new else ():
+        for path in sorted(self.loose) if new else ():
             self._take_of(self.places[path], new)
 
     def _loosen(self, path: tuple[str, ...]) -> None:

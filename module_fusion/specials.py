@@ -8,8 +8,9 @@ from functools import lru_cache
 from types import CodeType
 
 _TRUTH = frozenset(("__bool__", "__len__"))
-_ITEMS = frozenset(("__iter__", "__next__", "__reversed__", "__getitem__", "__len__", "keys"))
+_ITEMS = frozenset(("__iter__", "__next__", "__reversed__", "__getitem__", "__len__"))
 _ITEMS |= {"__length_hint__", "__contains__", "__missing__", "__index__"}
+_MAPPED = _ITEMS | {"keys"}
 _COMPARED = frozenset(("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__"))
 _TEXT = frozenset(("__str__", "__repr__", "__format__", "__bytes__", "extra_repr", "_get_name"))
 _WITH = frozenset(("__enter__", "__exit__"))
@@ -18,17 +19,18 @@ _NUMBERS = frozenset(f"__{prefix}{name}__" for name in _OPERATORS for prefix in 
 _NUMBERS |= {"__int__", "__float__", "__complex__", "__round__", "__divmod__", "__rdivmod__"}
 _NUMBERS |= {"__trunc__", "__floor__", "__ceil__"}
 _NUMBERS -= {"__call__", "__repr__"} | _TRUTH | _ITEMS | _COMPARED
-SPECIALS = _TRUTH | _ITEMS | _COMPARED | _TEXT | _WITH | _NUMBERS
+SPECIALS = _TRUTH | _MAPPED | _COMPARED | _TEXT | _WITH | _NUMBERS
 # What operations of torch may call of what they are given.
 OF_OPERATIONS = _TRUTH | _ITEMS | _COMPARED | _NUMBERS
 
 # What instructions call, by how their names begin; the first that fits counts.
 _INSTRUCTIONS = {
-    ("GET_ITER", "FOR_ITER", "UNPACK_", "LIST_EXTEND", "CALL_FUNCTION_EX", "DICT_MERGE"): _ITEMS,
+    ("GET_ITER", "FOR_ITER", "UNPACK_", "LIST_EXTEND"): _ITEMS,
+    ("CALL_FUNCTION_EX", "DICT_MERGE"): _MAPPED,
     ("BINARY_SUBSCR", "BINARY_SLICE", "CONTAINS_OP"): _ITEMS | _COMPARED,
     ("COMPARE_OP",): _COMPARED,
     ("BUILD_SET", "BUILD_MAP", "SET_ADD", "MAP_ADD"): _COMPARED,
-    ("SET_UPDATE", "DICT_UPDATE"): _ITEMS | _COMPARED,
+    ("SET_UPDATE", "DICT_UPDATE"): _MAPPED | _COMPARED,
     ("POP_JUMP_IF_NO", "POP_JUMP_FORWARD_IF_NO", "POP_JUMP_BACKWARD_IF_NO"): frozenset(),
     ("POP_JUMP_", "JUMP_IF_", "TO_BOOL", "UNARY_NOT"): _TRUTH,
     ("BINARY_MODULO", "INPLACE_MODULO"): _NUMBERS | _TEXT,
