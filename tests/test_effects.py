@@ -737,7 +737,6 @@ class CallsAnItem(Holds):
         (CallsIt, Delegates),
         (CallsIt, KnowsItsDevice),
         (AsksForItsDevice, KnowsItsDevice),
-        (CallsItInALoop, Delegates),
         (CallsItInALoop, KnowsItsDevice),
         (CallsAnItem, KnowsItsDevice),
     ],
