@@ -710,6 +710,15 @@ class CallsIt(Holds):
         return self.child(super().forward(x)).to(x.device)
 
 
+class CallsAStaticMethod(CallsIt):
+    @staticmethod
+    def joined(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([x, y])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(x, super().forward(x))[1].to(x.device)
+
+
 class AsksForItsDevice(Holds):
     def forward(self, x: Tensor) -> Tensor:
         if self.child is None or not callable(self.child):
@@ -736,6 +745,7 @@ class CallsAnItem(Holds):
         (CallsIt, Iterates),
         (CallsIt, Delegates),
         (CallsIt, KnowsItsDevice),
+        (CallsAStaticMethod, Delegates),
         (AsksForItsDevice, KnowsItsDevice),
         (CallsItInALoop, KnowsItsDevice),
         (CallsAnItem, KnowsItsDevice),
@@ -878,6 +888,15 @@ class HasLength(Counts):
         return self.calls
 
 
+class HasAll(Counts):
+    def __getattribute__(self, name: str) -> Any:
+        if name == "scale":
+            return object.__getattribute__(self, "calls")
+        return super().__getattribute__(name)
+
+    scale = 1
+
+
 class HasAnswers(Counts):
     def __getattr__(self, name: str) -> Any:
         return self.calls if name == "ndim" else super().__getattr__(name)
@@ -903,6 +922,7 @@ def asks_for_anything(module: Any) -> Any:
         (HasTruth, lambda self: 2 if self.child else 1),
         (HasTruth, lambda self: 2 if (not self.child) else 1),
         (HasLength, lambda self: len(self.child)),
+        (HasAll, lambda self: self.child.scale),
         (HasAnswers, lambda self: asks_for_anything(self.child)),
     ],
 )
@@ -958,9 +978,9 @@ def test_a_member_that_adds_to_a_container_it_holds_runs_at_its_call(held: Any, 
     class Adds(Norm):
         def forward(self, x: Tensor) -> Tensor:
             kept = self.held
-            if isinstance(kept, list):
+            if type(kept) is list:
                 kept.append(1.0)
-            elif isinstance(kept, dict):
+            elif type(kept) is dict:
                 kept.update(b=1.0)
             else:
                 kept.add(2.0)
@@ -970,3 +990,41 @@ def test_a_member_that_adds_to_a_container_it_holds_runs_at_its_call(held: Any, 
     norm.held = held
     reason = assert_same_as_twin(model_with(norm, x), x, WeightKernel)
     assert reason.startswith("norm may write to its held")
+
+
+def isinstance(value: Any, kind: Any) -> bool:
+    """One of its own, which does more."""
+    value.float()
+    return type(value) is kind
+
+
+class AsksItsOwnWay(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if isinstance(self.child, Layer) else super().forward(x)
+
+
+class TakesAnything(Holds):
+    def forward(*given: Any) -> Any:  # type: ignore[override]
+        given[0].float()
+        return given[1]
+
+
+class Returns(Holds):
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[0]
+
+
+class CastsWhatACallReturns(Holds):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__(Returns(child))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child(x).float()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [AsksItsOwnWay, TakesAnything, CastsWhatACallReturns])
+def test_a_cast_that_code_hides_is_found(cls: type[Holds]) -> None:
+    effect = effect_of(Reach(cls(Layer()), cls))
+    assert effect is not None
+    assert "it is not known what that does" in effect.what
