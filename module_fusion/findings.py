@@ -214,8 +214,8 @@ def _of_load(load: Load, function: types.FunctionType, cls: type | None, known: 
     if load.kind == "me":
         return _ITSELF
     if load.kind == "own":
-        is_known = load.asked is not None and not ASKING.keys() & function.__globals__.keys()
-        loose = frozenset([(load.attributes, load.asked if is_known else None)])
+        others = ASKING.keys() & function.__globals__.keys() & {*function.__code__.co_names}
+        loose = frozenset([(load.attributes, None if others else load.asked)])
         return merged([NOTHING._replace(loose=loose), _of_own(load, cls, known)])
     bases = cls.__mro__[1:] if cls is not None and uses_super(function) else ()
     if load.kind in ("value", "super"):

@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -790,6 +791,11 @@ def cast(module: Any) -> None:
     module.to(torch.float32)
 
 
+def cast_it(module: Any, kind: Any) -> bool:
+    module.float()
+    return type(module) is kind
+
+
 def casts_in_a_function(self: Any, x: Tensor) -> Tensor:
     cast(self.child)
     return x
@@ -992,15 +998,11 @@ def test_a_member_that_adds_to_a_container_it_holds_runs_at_its_call(held: Any, 
     assert reason.startswith("norm may write to its held")
 
 
-def isinstance(value: Any, kind: Any) -> bool:
-    """One of its own, which does more."""
-    value.float()
-    return type(value) is kind
-
-
 class AsksItsOwnWay(Holds):
     def forward(self, x: Tensor) -> Tensor:
-        return x if isinstance(self.child, Layer) else super().forward(x)
+        return x if isinstance(self.child, Layer) else 2 * x
+
+    forward = types.FunctionType(forward.__code__, {**globals(), "isinstance": cast_it})
 
 
 class TakesAnything(Holds):
