@@ -5,12 +5,12 @@ from __future__ import annotations
 import builtins
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from .stack import ATTRIBUTE, GLOBAL, JUMPS, SILENT, SUPER, asked_of, containers_in
+from .stack import ATTRIBUTE, GLOBAL, JUMPS, SILENT, SUPER, aliases_in, asked_of, containers_in
 
 UNKNOWN = object()
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
@@ -65,7 +65,8 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
     instructions = list(dis.get_instructions(code))
     chain: tuple[str, str, list[str]] | None = None
     start = after = 0
-    built = containers_in(code)
+    built, aliases = containers_in(code), aliases_in(code, me) if me else {}
+    kept = {at for at, _ in aliases.values()}
     for index, instruction in enumerate([*instructions, None]):
         if instruction is not None and instruction.opname in SILENT:
             continue
@@ -77,6 +78,7 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
         if chain is not None:
             kind, name, attributes = chain
             asked = asked_of(instructions, start, after) if kind == "own" else None
+            asked = frozenset() if start in kept else asked
             if kind == "value" and instructions[start].argval in built:
                 kind = "built"
             if name or attributes:
@@ -86,9 +88,12 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
                 found.append(_ME)
         chain = None
         if instruction is not None and not _makes_a_closure(instruction, code, me):
-            chain = _begun(instruction, me)
+            chain = _begun(instruction, me, aliases)
             if instruction.opname.startswith("LOAD_FAST") and isinstance(instruction.argval, tuple):
-                found += [_ME for variable in instruction.argval[:1] if variable == me]
+                first = instruction.argval[0]
+                path = () if first == me else aliases[first][1] if first in aliases else None
+                if path is not None:
+                    found.append(_ME._replace(kind="own", attributes=path) if path else _ME)
         start, after = index, index + 1
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -101,7 +106,9 @@ def _me_inside(code: CodeType, me: str) -> str:
     return me if me in code.co_freevars else ""
 
 
-def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] | None:
+def _begun(
+    instruction: dis.Instruction, me: str, aliases: Mapping[str, tuple[int, tuple[str, ...]]]
+) -> tuple[str, str, list[str]] | None:
     operation, value = instruction.opname, instruction.argval
     if operation in GLOBAL:
         return "global", value, []
@@ -113,6 +120,8 @@ def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] 
         name = value[-1] if isinstance(value, tuple) else value
         if name == me:
             return "own", "", []
+        if name in aliases:
+            return "own", "", [*aliases[name][1]]
         return ("closure", name, []) if operation in _CLOSURE else ("value", "", [])
     return None
 
@@ -181,7 +190,7 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
         if operation not in ("SWAP", "ROT_TWO"):
             last = [*last[-1:], instruction]
-        is_me, is_copied = _begun(instruction, me) == ("own", "", []), False
+        is_me, is_copied = _begun(instruction, me, {}) == ("own", "", []), False
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += stores_in(constant, _me_inside(constant, me))

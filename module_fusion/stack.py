@@ -127,6 +127,39 @@ def asks_super_first(code: CodeType) -> bool:
 
 
 @lru_cache(maxsize=4096)
+def aliases_in(code: CodeType, me: str) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Variables that are set once, to `self` or an attribute of it: where that is loaded, and it.
+
+    Of `m = self.proj`, the position of `self` among the instructions, and `("proj",)`.
+    """
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    sets = [*code.co_varnames[: _arguments_of(code)], *code.co_cellvars]
+    loaded: list[tuple[int, tuple[str, ...]] | None] = []
+    for at, one in enumerate(dis.get_instructions(code)):
+        operation, value = one.opname, one.argval
+        names = value if isinstance(value, tuple) else (value,)
+        stores = operation.count("STORE_FAST") if operation.startswith("STORE_FAST") else 0
+        for name in names[:stores]:
+            sets.append(name)
+            if loaded and (path := loaded.pop()) is not None:
+                found[name] = path
+        if operation in ATTRIBUTE and loaded:
+            path = loaded.pop()
+            loaded.append(path and (path[0], (*path[1], value)))
+        elif stores or operation.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            loaded += [(at, ()) if name == me else None for name in names[stores:]]
+        elif operation in ("LOAD_CONST", *GLOBAL):
+            loaded.append(None)
+        elif operation in ("ROT_TWO", "SWAP") and one.arg in (None, 2) and len(loaded) > 1:
+            loaded[-2:] = reversed(loaded[-2:])
+        elif operation == "DELETE_FAST":
+            sets += [value, value]
+        elif operation not in ("CACHE", "EXTENDED_ARG", "NOP", "RESUME", "MAKE_CELL"):
+            loaded.clear()
+    return {name: path for name, path in found.items() if sets.count(name) == 1}
+
+
+@lru_cache(maxsize=4096)
 def containers_in(code: CodeType) -> frozenset[str]:
     """Variables that are never anything else than containers that the code itself builds."""
     built, others, previous = set[str](), {*code.co_varnames[: _arguments_of(code)]}, ""

@@ -299,6 +299,11 @@ class Asks:
     def stores(self, x: Any) -> Any:
         self.a = x
 
+    def calls_a_variable(self, x: Any) -> Any:
+        a, me = self.a, self
+        b = self.b
+        return a(x), me.b(x), b.a(x), b is None
+
     def asks_super(self, x: Any) -> Any:
         return super().__eq__(x), super().__eq__(x)
 
@@ -318,11 +323,21 @@ class LetsGo:
 
     def in_a_variable(self, x: Any) -> Any:
         a = self.a
+        if x:
+            a = self.b
         return a(x)
 
     def by_another_name(self, x: Any) -> Any:
         me = self
-        return me.a(x)
+        return given(me, x)
+
+    def in_an_argument(self, x: Any) -> Any:
+        x = self.a
+        return x(1)
+
+    def of_a_variable(self, x: Any) -> Any:
+        a = self.a
+        return given(a, x)
 
     def first_in_a_call(self, x: Any) -> Any:
         return given(self.a, x)

@@ -770,6 +770,14 @@ def casts_a_variable(self: Any, x: Tensor) -> Tensor:
     return x
 
 
+def casts_one_of_two(self: Any, x: Tensor) -> Tensor:
+    child = self.layers
+    if x.dim() == 2:
+        child = self.child
+    child.float()
+    return x
+
+
 def casts_in_a_loop(self: Any, x: Tensor) -> Tensor:
     for layer in self.children():
         layer.float()
@@ -815,7 +823,8 @@ def empties_its_layers(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "change",
     [
-        casts_a_variable, casts_in_a_loop, casts_an_item, casts_itself, casts_in_a_function,
+        casts_a_variable, casts_one_of_two, casts_in_a_loop, casts_an_item, casts_itself,
+        casts_in_a_function,
         casts_a_layer_of_a_layer, empties_its_layers,
     ],
 )  # fmt: skip
@@ -979,18 +988,21 @@ def test_a_member_with_a_default_that_may_change_or_act_runs_at_its_call(
     assert "a default of" in effect.what or "rand_like" in effect.what
 
 
+def add_to(kept: Any) -> Any:
+    if type(kept) is list:
+        kept.append(1.0)
+    elif type(kept) is dict:
+        kept.update(b=1.0)
+    else:
+        kept.add(2.0)
+    return kept
+
+
 @pytest.mark.parametrize("held", [[1.0], {"a": 1.0}, {1.0}], ids=["list", "dict", "set"])
 def test_a_member_that_adds_to_a_container_it_holds_runs_at_its_call(held: Any, x: Tensor) -> None:
     class Adds(Norm):
         def forward(self, x: Tensor) -> Tensor:
-            kept = self.held
-            if type(kept) is list:
-                kept.append(1.0)
-            elif type(kept) is dict:
-                kept.update(b=1.0)
-            else:
-                kept.add(2.0)
-            return super().forward(x) * len(kept)
+            return super().forward(x) * len(add_to(self.held))
 
     norm = Adds()
     norm.held = held
