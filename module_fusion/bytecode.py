@@ -5,21 +5,18 @@ from __future__ import annotations
 import builtins
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from .stack import ATTRIBUTE, GLOBAL, JUMPS, SILENT, SUPER, aliases_in, asked_of, containers_in
+
 UNKNOWN = object()
-_SILENT = ("CACHE", "COPY", "DUP_TOP", "EXTENDED_ARG", "NOP", "PUSH_NULL", "RESUME")
-_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _CLOSURE = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_CLOSURE")
 WRITING_KEYWORDS = frozenset(("out", "inplace", "max_norm"))
 # Several of these load two variables, the second on top; argval is a tuple then.
 _VARIABLE = ("LOAD_FAST", "STORE_FAST_LOAD_FAST")
-_SUPER = ("LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "LOAD_ZERO_SUPER_ATTR")
 
 
 class Load(NamedTuple):
@@ -27,12 +24,15 @@ class Load(NamedTuple):
 
     Attributes:
         kind: `"global"`; `"closure"`; `"own"`, for attributes of `self`; `"super"`; `"import"`;
-            `"value"`, for attributes of anything else.
+            `"value"`, for attributes of anything else; `"built"`, for those of a container
+            that the code builds; `"me"`, for `self` itself as a value.
         name: the global or the variable, "" for the other kinds.
         attributes: taken one after the other.
         given: names that are loaded for the arguments of its call, `self` aside; None where
             it is not called then and there.
         arguments: number of arguments of that call, with keywords; None where it cannot be told.
+        asked: special methods that are called of it where it is then gone, none of them where it
+            is called or compared with None; None where it may be kept, or be given to anything.
     """
 
     kind: str
@@ -40,6 +40,7 @@ class Load(NamedTuple):
     attributes: tuple[str, ...]
     given: frozenset[str] | None
     arguments: int | None
+    asked: frozenset[str] | None
 
 
 class Store(NamedTuple):
@@ -54,28 +55,46 @@ class Store(NamedTuple):
     name: str
 
 
+_ME = Load("me", "", (), None, None, None)
+
+
 @lru_cache(maxsize=4096)
 def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
     """Everything the code and the functions in it load; `me` is the name of `self`, if any."""
     found: list[Load] = []
     instructions = list(dis.get_instructions(code))
     chain: tuple[str, str, list[str]] | None = None
-    after = 0
+    start = after = 0
+    built, aliases = containers_in(code), aliases_in(code, me) if me else {}
+    kept = {at for at, _ in aliases.values()}
     for index, instruction in enumerate([*instructions, None]):
-        if instruction is not None and instruction.opname in _SILENT:
+        if instruction is not None and instruction.opname in SILENT:
             continue
-        if instruction is not None and instruction.opname in _ATTRIBUTE:
+        if instruction is not None and instruction.opname in ATTRIBUTE:
             chain = chain or ("value", "", [])
             chain[2].append(instruction.argval)
             after = index + 1
             continue
         if chain is not None:
             kind, name, attributes = chain
+            asked = asked_of(instructions, start, after) if kind == "own" else None
+            asked = frozenset() if start in kept else asked
+            if kind == "value" and instructions[start].argval in built:
+                kind = "built"
             if name or attributes:
                 given, count = _given(instructions[after:], me)
-                found.append(Load(kind, name, tuple(attributes), given, count))
-        chain = None if instruction is None else _begun(instruction, me)
-        after = index + 1
+                found.append(Load(kind, name, tuple(attributes), given, count, asked))
+            elif kind == "own" and asked is None:
+                found.append(_ME)
+        chain = None
+        if instruction is not None and not _makes_a_closure(instruction, code, me):
+            chain = _begun(instruction, me, aliases)
+            if instruction.opname.startswith("LOAD_FAST") and isinstance(instruction.argval, tuple):
+                first = instruction.argval[0]
+                path = () if first == me else aliases[first][1] if first in aliases else None
+                if path is not None:
+                    found.append(_ME._replace(kind="own", attributes=path) if path else _ME)
+        start, after = index, index + 1
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += loads_in(constant, _me_inside(constant, me))
@@ -87,20 +106,31 @@ def _me_inside(code: CodeType, me: str) -> str:
     return me if me in code.co_freevars else ""
 
 
-def _begun(instruction: dis.Instruction, me: str) -> tuple[str, str, list[str]] | None:
+def _begun(
+    instruction: dis.Instruction, me: str, aliases: Mapping[str, tuple[int, tuple[str, ...]]]
+) -> tuple[str, str, list[str]] | None:
     operation, value = instruction.opname, instruction.argval
-    if operation in _GLOBAL:
+    if operation in GLOBAL:
         return "global", value, []
     if operation == "IMPORT_NAME":
         return "import", value, []
-    if operation in _SUPER:
+    if operation in SUPER:
         return "super", "", [value]
     if operation in _CLOSURE or operation.startswith(_VARIABLE):
         name = value[-1] if isinstance(value, tuple) else value
         if name == me:
             return "own", "", []
+        if name in aliases:
+            return "own", "", [*aliases[name][1]]
         return ("closure", name, []) if operation in _CLOSURE else ("value", "", [])
     return None
+
+
+def _makes_a_closure(instruction: dis.Instruction, code: CodeType, me: str) -> bool:
+    """Whether `self` is loaded for a function that is defined here."""
+    if instruction.opname.startswith("LOAD_FAST"):
+        return instruction.argval == me and me in code.co_cellvars + code.co_freevars
+    return instruction.opname == "LOAD_CLOSURE" and instruction.argval == me
 
 
 def _given(
@@ -110,16 +140,16 @@ def _given(
     depth, names, previous = 0, set(), ""
     for instruction in instructions:
         operation, value = instruction.opname, instruction.argval
-        if instruction.opcode in _JUMPS:
+        if instruction.opcode in JUMPS:
             break  # What comes next is not what runs next.
-        if operation in _ATTRIBUTE:
+        if operation in ATTRIBUTE:
             names.add(f"self.{value}" if previous == me else value)
-        elif operation in _GLOBAL:
+        elif operation in GLOBAL:
             names.add(value)
         elif operation in _CLOSURE or operation.startswith(_VARIABLE):
             variables = value if isinstance(value, tuple) else (value,)
             names.update(f"local {variable}" for variable in variables if variable != me)
-        if operation not in _SILENT:
+        if operation not in SILENT:
             previous = value[-1] if isinstance(value, tuple) and value else value
         depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
         if operation.startswith("CALL") and depth <= 0:
@@ -139,9 +169,9 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
         is_copied = is_copied or operation in ("COPY", "DUP_TOP")
-        if operation in _SILENT:
+        if operation in SILENT:
             continue
-        if is_copied and operation in _ATTRIBUTE:
+        if is_copied and operation in ATTRIBUTE:
             added_to = instruction.argval if is_me else ""
         in_place = in_place or operation.startswith("INPLACE_")
         in_place = in_place or (operation == "BINARY_OP" and instruction.argrepr.endswith("="))
@@ -160,7 +190,7 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
         in_place = in_place and not operation.startswith(("STORE_", "DELETE_"))
         if operation not in ("SWAP", "ROT_TWO"):
             last = [*last[-1:], instruction]
-        is_me, is_copied = _begun(instruction, me) == ("own", "", []), False
+        is_me, is_copied = _begun(instruction, me, {}) == ("own", "", []), False
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found += stores_in(constant, _me_inside(constant, me))
@@ -192,7 +222,7 @@ def returns_none(code: CodeType) -> bool:
     value: Any = UNKNOWN
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
-        if operation in _SILENT:
+        if operation in SILENT:
             continue
         if operation == "RETURN_CONST":
             value = instruction.argval

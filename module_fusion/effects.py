@@ -19,17 +19,16 @@ from torch import Tensor, nn
 
 from .bytecode import Load, function_of, is_of_torch, loads_in, resolved, self_of
 from .findings import DATA, FUNCTIONS, Findings, findings_of_attribute, findings_of_value, merged
-from .reach import Place, Reach, attribute_of, function_taken, method_taken
+from .reach import ONLY_READING, Place, Reach, attribute_of, function_taken, method_taken
 from .returns import may_return_none
 
 _READING = frozenset(("get", "items", "keys", "values", "index", "count", "copy"))
-_OF_MODULES = frozenset(
-    (
-        "parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children",
-        "modules", "named_modules", "get_parameter", "get_buffer", "get_submodule", "_conv_forward",
-    )
-)  # fmt: skip
 _COMPARED = (*DATA, tuple, dict, list, set, types.MethodType)
+_WRITING: dict[type, frozenset[str]] = {
+    list: frozenset(["append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse"]),
+    dict: frozenset(["pop", "popitem", "clear", "update", "setdefault"]),
+    set: frozenset(name for name in dir(set) if name not in dir(frozenset) and name[0] != "_"),
+}
 _SETTINGS = (*DATA, tuple, *FUNCTIONS)
 
 
@@ -242,7 +241,7 @@ def _effect_in_torch(
 def _what_happens(reach: Reach) -> str | None:
     """What running a module does besides its output, other than by the code of its `forward`."""
     for index, (place, found) in enumerate(reach.runs):
-        what = _what_is_written(place, found)
+        what = _what_is_written(place, found, reach.taken)
         if index > 0:
             what = what or found.always or found.in_training
         if what is not None:
@@ -253,11 +252,15 @@ def _what_happens(reach: Reach) -> str | None:
     return what
 
 
-def _what_is_written(place: Place, found: Findings) -> str | None:
+def _what_is_written(place: Place, found: Findings, taken: set[str]) -> str | None:
     own = place.module.__dict__
     tensors = own["_parameters"].keys() | own["_buffers"].keys() | own["_modules"].keys()
     for name in sorted(found.stored):
         if name in tensors or isinstance(inspect.getattr_static(place.cls, name, None), property):
+            return f"may write to its {name}"
+    for name in sorted(names[0] for names, asked in found.loose if names and asked is None):
+        value = attribute_of(place.module, place.cls, name)
+        if any(isinstance(value, kind) and names & taken for kind, names in _WRITING.items()):
             return f"may write to its {name}"
     return None
 
@@ -269,7 +272,7 @@ def _what_own_does(place: Place, name: str, *rest: str) -> str | None:
     if method_taken(place, name) is not None:
         return merged([*map(findings_of_attribute, rest)]).always
     if name not in own and isinstance(value, types.FunctionType):
-        return None if name in _OF_MODULES else unknown  # A method of torch.
+        return None if name in ONLY_READING else unknown  # A method of torch.
     if isinstance(value, nn.Module):
         return unknown  # It is no child: nobody looks at what its call does.
     if isinstance(value, Tensor):
@@ -292,10 +295,10 @@ def _what_own_does(place: Place, name: str, *rest: str) -> str | None:
 def _what_child_does(place: Place, name: str, *rest: str) -> str | None:
     """What it does to take an attribute of a module below; its own call is looked at with it."""
     child, value = place.module, attribute_of(place.module, place.cls, name)
-    known = isinstance(value, property) or name in _OF_MODULES
+    known = isinstance(value, property) or name in ONLY_READING
     if isinstance(value, Tensor):
         known = name in child._parameters or name in child._buffers
-    elif isinstance(value, _SETTINGS):  # What a function does is among the findings.
+    elif not known and isinstance(value, _SETTINGS):  # What a function does is among the findings.
         known = isinstance(value, DATA) or function_taken(place, name) is not None
     if not known and method_taken(place, name) is None:
         return f"uses {name!r} of a module, and it is not known what that does"

@@ -31,6 +31,8 @@ from .bytecode import (
     uses_super,
 )
 from .deferred import IMMUTABLE
+from .specials import OF_OPERATIONS, specials_in, specials_of_builtin, specials_of_method
+from .stack import ASKING, advances
 
 _RANDOM_PREFIXES = ("rand", "bernoulli", "gumbel", "fractional_max_pool", "manual_seed")
 _RANDOM_NAMES = frozenset(
@@ -63,6 +65,7 @@ _PURE_BUILTINS = frozenset(
         "set", "frozenset", "isinstance", "issubclass", "type", "min", "max", "sum", "abs", "round",
         "zip", "enumerate", "map", "filter", "any", "all", "hasattr", "super", "slice", "reversed",
         "sorted", "repr", "format", "callable", "divmod", "pow", "property", "NotImplemented",
+        "iter", "next",
     )
 )  # fmt: skip
 _PURE_MODULES = (math.__name__, operator.__name__, "_operator", "typing", "collections.abc")
@@ -91,7 +94,9 @@ class Findings(NamedTuple):
     """What the code of a function and all it calls does, and which code that is.
 
     `methods` are looked up on a class when it runs, `functions` have it. `taken` are attributes
-    of values, of which it is not followed what they are.
+    of values, and special methods called of them, of which it is not followed what they are.
+    `loose` are own attributes, () for `self`, that may be among those values; or of which only
+    the special methods are called that come with it.
     """
 
     always: str | None
@@ -102,9 +107,11 @@ class Findings(NamedTuple):
     methods: frozenset[tuple[Any, str]] = frozenset()
     functions: frozenset[types.FunctionType] = frozenset()
     taken: frozenset[str] = frozenset()
+    loose: frozenset[tuple[tuple[str, ...], frozenset[str] | None]] = frozenset()
 
 
 NOTHING = Findings(None, None, frozenset(), frozenset())
+_ITSELF = NOTHING._replace(loose=frozenset([((), None)]))
 _NOT_READ: dict[tuple[Any, str], Findings] = {}
 _READ: ContextVar[dict[tuple[Any, str], Findings]] = ContextVar("_READ", default=_NOT_READ)
 _Known = dict[tuple[types.FunctionType, type | None, bool], Findings]
@@ -153,6 +160,7 @@ def merged(findings: list[Findings]) -> Findings:
         frozenset().union(*(f.methods for f in findings)),
         frozenset().union(*(f.functions for f in findings)),
         frozenset().union(*(f.taken for f in findings)),
+        frozenset().union(*(f.loose for f in findings)),
     )
 
 
@@ -166,7 +174,14 @@ def _of_function(
     known[key] = NOTHING  # What calls itself does nothing more than the rest of it does.
     me = self_of(function) if is_method else ""
     stores = stores_in(function.__code__, me)
-    found = [_of_stores(stores, function), NOTHING._replace(functions=frozenset([function]))]
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    text = f"a default of {function.__qualname__}"
+    found = [
+        _of_stores(stores, function),
+        NOTHING._replace(functions=frozenset([function]), taken=specials_in(function.__code__)),
+        *([_ITSELF] if is_method and not me else []),  # It is among `*args`.
+        *(findings_of_value(value, text, False, known) for value in defaults),
+    ]
     if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         found.append(NOTHING._replace(always=f"runs {function.__qualname__} bit by bit"))
     counted = [store.name for store in stores if store.kind == "count"]
@@ -193,8 +208,15 @@ def _of_stores(stores: Sequence[Store], function: types.FunctionType) -> Finding
 def _of_load(load: Load, function: types.FunctionType, cls: type | None, known: _Known) -> Findings:
     if load.kind == "import":
         return NOTHING._replace(always=f"imports {load.name} when it runs")
+    if load.kind == "built":
+        found = [findings_of_attribute(name) for name in load.attributes]
+        return merged([found[0]._replace(taken=found[0].taken - {load.attributes[0]}), *found[1:]])
+    if load.kind == "me":
+        return _ITSELF
     if load.kind == "own":
-        return _of_own(load, cls, known)
+        others = ASKING.keys() & function.__globals__.keys() & {*function.__code__.co_names}
+        loose = frozenset([(load.attributes, None if others else load.asked)])
+        return merged([NOTHING._replace(loose=loose), _of_own(load, cls, known)])
     bases = cls.__mro__[1:] if cls is not None and uses_super(function) else ()
     if load.kind in ("value", "super"):
         found = []
@@ -218,6 +240,8 @@ def _of_load(load: Load, function: types.FunctionType, cls: type | None, known: 
     kept = kept or (isinstance(value, types.FunctionType) and not is_of_torch(value))
     if kept and not _is_constant(load, function):
         found.append(NOTHING._replace(shared=frozenset([(function, load)])))
+    if value is next and advances(function.__code__):
+        found.append(NOTHING._replace(always="may advance an iterator that is kept"))
     if load.given is not None and _is_told_to_write(value, load.arguments):
         found.append(NOTHING._replace(always=f"may write to a tensor, in {text}"))
     return merged([*found, *map(findings_of_attribute, attributes)])
@@ -236,7 +260,8 @@ def _of_own(load: Load, cls: type | None, known: _Known) -> Findings:
         return NOTHING._replace(in_training="does something else in training")
     methods = methods_of(cls, name) if cls is not None and name else []
     if methods:
-        found = [_of_function(method, cls, True, known) for method in methods]
+        gets_self = not isinstance(inspect.getattr_static(cls, name), staticmethod)
+        found = [_of_function(method, cls, gets_self, known) for method in methods]
         found.append(NOTHING._replace(methods=frozenset([(cls, name)])))
         return merged([*found, *map(findings_of_attribute, load.attributes[1:])])
     return NOTHING._replace(own=frozenset([load.attributes] if name else []))
@@ -249,7 +274,7 @@ def findings_of_attribute(name: str) -> Findings:
     kinds = (Tensor, dict, list, tuple, str, torch.autograd.function.FunctionCtx, torch.finfo)
     if what is None and not any(hasattr(kind, name) for kind in kinds):
         what = f"uses {name!r} of a value, and it is not known what that does"
-    return NOTHING._replace(always=what, taken=frozenset([name]))
+    return NOTHING._replace(always=what, taken=specials_of_method(name) | {name})
 
 
 def _what_by_name(name: str) -> str | None:
@@ -276,7 +301,7 @@ def findings_of_value(value: Any, text: str, training: bool, known: _Known) -> F
         if any(part in name for part in _TRAINED):
             what = f"may draw random numbers or update buffers, in {name}"
             return Findings(None if training else what, what, frozenset(), frozenset())
-        return NOTHING._replace(always=_what_by_name(name))
+        return NOTHING._replace(always=_what_by_name(name), taken=OF_OPERATIONS)
     owner = getattr(value, "__self__", None)
     if name == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return findings_of_method(owner, "forward")
@@ -289,11 +314,12 @@ def findings_of_value(value: Any, text: str, training: bool, known: _Known) -> F
         pure = issubclass(value, (BaseException, tuple, Tensor)) or is_of_torch(value)
         if issubclass(value, nn.Module):
             pure = value in _PURE_LAYERS
-        return NOTHING if pure or value.__name__ in _PURE_BUILTINS else unknown
+        pure = pure or name in _PURE_BUILTINS
+        return NOTHING._replace(taken=specials_of_builtin(name)) if pure else unknown
     if isinstance(value, types.BuiltinFunctionType):
         pure = name in _PURE_BUILTINS or value.__module__ in _PURE_MODULES
         pure = pure and name not in _WRITING_OPERATORS
-        return NOTHING if pure else unknown
+        return NOTHING._replace(taken=specials_of_builtin(name)) if pure else unknown
     return NOTHING if (type(value).__module__ or "") in ("typing", "types") else unknown
 
 

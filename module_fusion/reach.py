@@ -14,17 +14,19 @@ from torch import nn
 from .bytecode import function_of, is_of_torch, methods_of
 from .findings import FUNCTIONS, NOTHING, Findings, findings_of_method, findings_of_value
 from .originals import original_of
+from .stack import asks_super_first
 
-# What operators, statements and builtins call, of a class that has it.
-_OPERATORS = frozenset(
+# Of torch's modules: what gives modules, and what else only reads.
+_GIVING = frozenset(
     (
-        *(f"__{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
-        *(f"__r{name.strip('_')}__" for name in dir(operator) if not name.startswith("__")),
-        "__bool__", "__len__", "__iter__", "__next__", "__reversed__", "__enter__", "__exit__",
-        "__int__", "__float__", "__complex__", "__round__", "__divmod__", "__format__",
-        "__getattr__", "__getattribute__",
+        "children", "named_children", "modules", "named_modules", "get_submodule", "items",
+        "values",
     )
-) - {"__call__"}  # fmt: skip
+)  # fmt: skip
+ONLY_READING = _GIVING | {
+    "parameters", "named_parameters", "buffers", "named_buffers", "get_parameter", "get_buffer",
+    "keys", "_conv_forward",
+}  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -39,6 +41,12 @@ class Place(NamedTuple):
     module: nn.Module
     cls: Any
     names: frozenset[str]
+
+    @property
+    def tensors(self) -> set[str]:
+        """Names of its parameters, buffers and children."""
+        own = self.module.__dict__
+        return {*own["_parameters"], *own["_buffers"], *own["_modules"]}
 
 
 def _names_of(module: nn.Module, cls: type) -> frozenset[str]:
@@ -55,7 +63,8 @@ class Reach:
     """The methods that run when a module does, and what they take of it and of those below it.
 
     What is taken of a value (a variable, an item, an argument) is taken of every one of these
-    modules that has it. What a module below does at its own call is in `below`.
+    modules that may be such a value, and has it. What a module below does at its own call is
+    in `below`.
 
     Args:
         module: it.
@@ -64,6 +73,8 @@ class Reach:
     Attributes:
         runs: what each method does, with the module that it is called on.
         uses: attributes that are taken of a module, one after the other.
+        taken: attributes that are taken of values.
+        loose: paths of the modules that may be such a value.
         below: what each child reaches.
         places: the module and those below it, by their paths.
     """
@@ -80,10 +91,18 @@ class Reach:
         self.uses: list[tuple[Place, tuple[str, ...]]] = []
         self._known: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
         self.taken: set[str] = set()
+        self.loose: set[tuple[str, ...]] = set()
         forward = function_of(cls.forward)
         if forward is not None and not is_of_torch(forward):
             self._run(top, functools.partial(findings_of_method, cls, "forward"))
-        self._take(_OPERATORS.union(*(reach.taken for reach in self.below.values())))
+        for place in self.places.values():
+            if "__getattribute__" in place.names:
+                self._use(place, ("__getattribute__",))
+        for name, reach in self.below.items():
+            # A call may return what was loose in it, and be given what is loose here.
+            self._take(reach.taken)
+            for path in reach.loose:
+                self._loosen((name, *path))
 
     def _run(self, place: Place, read: Callable[[], Findings]) -> None:
         try:
@@ -94,10 +113,25 @@ class Reach:
         self.runs.append((place, found))
         for names in sorted(found.own):
             self._use(place, names)
+        for names, asked in sorted(found.loose, key=operator.itemgetter(0)):
+            self._let_go(place, names, asked)
         self._take(found.taken)
+
+    def _let_go(self, place: Place, names: tuple[str, ...], asked: frozenset[str] | None) -> None:
+        gives = names[-1:] and names[-1] in _GIVING
+        there = self.places.get((*place.path, *(names[:-1] if gives else names)))
+        if there is None:
+            return
+        if gives or asked is None:
+            self._loosen(there.path)
+            return
+        for name in sorted(asked & there.names):
+            self._use(there, (name,))
 
     def _use(self, place: Place, names: tuple[str, ...]) -> None:
         while names and names[0] not in place.module.__dict__:
+            if not hasattr(place.cls, names[0]):
+                self._ask_for(place, names[0])
             child = self.places.get((*place.path, names[0]))
             if child is None:
                 break
@@ -117,9 +151,28 @@ class Reach:
     def _take(self, names: Iterable[str]) -> None:
         new = frozenset(names) - self.taken
         self.taken |= new
-        for place in self.places.values() if new else ():
-            for name in sorted(new & place.names):
+        for path in sorted(self.loose) if new else ():
+            self._take_of(self.places[path], new)
+
+    def _loosen(self, path: tuple[str, ...]) -> None:
+        for place in self.places.values():
+            if place.path[: len(path)] == path and place.path not in self.loose:
+                self.loose.add(place.path)
+                self._take_of(place, self.taken)
+
+    def _take_of(self, place: Place, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            if name in place.names or _is_method_of_torch(place.cls, name):
                 self._use(place, (name,))
+            elif not hasattr(place.cls, name):
+                self._ask_for(place, name)
+
+    def _ask_for(self, place: Place, name: str) -> None:
+        """Look up a name that is no attribute of the instance's `__dict__` or of its class."""
+        if "__getattr__" not in place.names or name.startswith("__"):
+            return
+        if name not in place.tensors or not _asks_torch_first(place.cls):
+            self._use(place, ("__getattr__",))
 
     def all(self, name: str = "") -> Iterator[tuple[str, Reach]]:
         """It and those below it, by name, in the order of `named_modules`."""
@@ -146,6 +199,19 @@ class Reach:
             if names:
                 return f"counts its {names[0]}, and reads it"
         return None
+
+
+def _asks_torch_first(cls: type) -> bool:
+    """Whether the `__getattr__` of a class does nothing else for what torch's finds."""
+    methods = [base.__dict__.get("__getattr__") for base in cls.__mro__]
+    its = [method for method in methods if method is not None and not is_of_torch(method)]
+    return all(isinstance(m, types.FunctionType) and asks_super_first(m.__code__) for m in its)
+
+
+def _is_method_of_torch(cls: type, name: str) -> bool:
+    value = inspect.getattr_static(cls, name, None)
+    is_shown = name.startswith("_") or name == "extra_repr"
+    return isinstance(value, types.FunctionType) and is_of_torch(value) and not is_shown
 
 
 def method_taken(place: Place, name: str) -> str | None:

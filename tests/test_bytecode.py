@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from module_fusion.bytecode import loads_in, returns_none, stores_in
+from module_fusion.specials import specials_in
+from module_fusion.stack import advances, asks_super_first
 
 
 class Base:
@@ -268,3 +270,211 @@ def test_a_function_that_may_return_none_is_known(
     function: Callable[..., Any], expected: bool
 ) -> None:
     assert returns_none(function.__code__) == expected
+
+
+class Asks:
+    """Methods that only call attributes of `self`, or ask something of them."""
+
+    a: Any
+    b: Any
+
+    def calls(self, x: Any, *more: Any, **named: Any) -> Any:
+        y = self.a(x), self.a(x, y=1), self.a(x, *more), self.a(x, y=2, **named)
+        return y, self.a(self.b(x) * self.b(x)), self.a.b(x)
+
+    def compares_with_none(self, x: Any) -> Any:
+        if self.a is None:
+            return x
+        return x if self.b is not None else 2 * x
+
+    def asks_whether_it_is_true(self, x: Any) -> Any:
+        return x if not self.a else 2 * x
+
+    def asks_for_its_kind(self, x: Any) -> Any:
+        return isinstance(self.a, math.__class__) and hasattr(self, "b") and type(self.b)
+
+    def asks_for_its_length(self, x: Any) -> Any:
+        return len(self.a) * x
+
+    def stores(self, x: Any) -> Any:
+        self.a = x
+
+    def calls_a_variable(self, x: Any) -> Any:
+        a, me = self.a, self
+        b = self.b
+        return a(x), me.b(x), b.a(x), b is None
+
+    def asks_super(self, x: Any) -> Any:
+        return super().__eq__(x), super().__eq__(x)
+
+    def defines(self, x: Any) -> Any:
+        return [self.a(y) for y in x], lambda: self.b(x)
+
+
+def given(*values: Any, **named: Any) -> Any:
+    return values, named
+
+
+class LetsGo:
+    """Methods that have what `self` holds, or `self`, as a value."""
+
+    a: Any
+    b: Any
+
+    def in_a_variable(self, x: Any) -> Any:
+        a = self.a
+        if x:
+            a = self.b
+        return a(x)
+
+    def by_another_name(self, x: Any) -> Any:
+        me = self
+        return given(me, x)
+
+    def in_an_argument(self, x: Any) -> Any:
+        x = self.a
+        return x(1)
+
+    def of_a_variable(self, x: Any) -> Any:
+        a = self.a
+        return given(a, x)
+
+    def first_in_a_call(self, x: Any) -> Any:
+        return given(self.a, x)
+
+    def last_in_a_call(self, x: Any) -> Any:
+        return given(x, self)
+
+    def by_keyword(self, x: Any) -> Any:
+        return given(x, a=self.a)
+
+    def to_another(self, x: Any) -> Any:
+        return self.b(self.a)
+
+    def unpacked(self, x: Any) -> Any:
+        return self.b(*self.a)
+
+    def in_items(self, x: Any) -> Any:
+        return self.a[0](x)
+
+    def in_the_length_of_an_item(self, x: Any) -> Any:
+        return len(self.a[0])
+
+    def in_the_kind_of_an_item(self, x: Any) -> Any:
+        return isinstance(self.a[0], int)
+
+    def to_a_builtin_of_a_builtin(self, x: Any) -> Any:
+        return list(map(type, self.a))
+
+    def in_a_choice(self, x: Any) -> Any:
+        return (self.a or self.b)(x)
+
+    def in_a_loop(self, x: Any) -> Any:
+        for a in self.a:
+            x = a(x)
+        return x
+
+    def in_a_comprehension(self, x: Any) -> Any:
+        return [a(x) for a in self.a]
+
+    def as_a_default(self, x: Any) -> Any:
+        return (lambda me=self: me.a)()
+
+    def in_a_closure(self, x: Any) -> Any:
+        return (lambda: self)().a
+
+    def on_another(self, x: Any) -> Any:
+        x.a = self.a
+
+    def in_a_text(self, x: Any) -> Any:
+        return f"{self.a}"
+
+    def on_the_way(self, x: Any) -> Any:
+        return (a := self.a)(x), a
+
+    def to_one_of_two(self, x: Any) -> Any:
+        return given(self.a if x else 1)
+
+
+@pytest.mark.parametrize("cls", [Asks, LetsGo])
+def test_what_code_may_keep_is_told_from_what_it_only_calls(cls: type) -> None:
+    methods = [value for value in vars(cls).values() if callable(value)]
+    assert len(methods) > 7
+    found = {
+        method.__name__: any(
+            load.asked is None
+            for load in loads_in(method.__code__, "self")
+            if load.kind in ("own", "me")
+        )
+        for method in methods
+    }
+    assert found == dict.fromkeys(found, cls is LetsGo)
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda x: next(x.parameters()).device, False),
+        (lambda x: next(iter(x), None), False),
+        (lambda x: next(y for y in x), False),
+        (lambda x: next(x), True),
+        (lambda x: next(x.steps), True),
+        (lambda x: next(x[x()]), True),
+        (lambda x: next(x, x()), True),
+        (lambda x: map(next, x), True),
+        (lambda x: [next(x) for _ in x], True),
+    ],
+)
+def test_an_iterator_that_may_be_kept_is_told_from_one_made_for_the_call(
+    function: Any, kept: bool
+) -> None:
+    assert advances(function.__code__) == kept
+
+
+@pytest.mark.parametrize(
+    ("function", "called", "other"),
+    [
+        (lambda x: [y for y in x if y], "__iter__", "__str__"),
+        (lambda x: x + 1, "__add__", "__iter__"),
+        (lambda x: x[0], "__getitem__", "__str__"),
+        (lambda x: f"{x}", "__format__", "__add__"),
+        (lambda x: "%s" % x, "__str__", "__iter__"),  # noqa: UP031
+        (lambda x: {x}, "__hash__", "__iter__"),
+        (lambda x: x < 1, "__lt__", "__iter__"),
+        (lambda x: 1 if x else 2, "__bool__", "__iter__"),
+        (lambda x: x(x.a), None, "__bool__"),
+    ],
+)
+def test_the_special_methods_that_operators_call_are_found(
+    function: Any, called: str | None, other: str
+) -> None:
+    found = specials_in(function.__code__)
+    assert called is None or called in found
+    assert other not in found
+
+
+class Delegates(Base):
+    other: Any
+
+    def asks_first(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            return getattr(self.other, name)
+
+    def counts_first(self, name: str) -> Any:
+        self.__dict__["calls"] += 1
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def asks_another_first(self, name: str) -> Any:
+        return self.other.__getattr__(name)
+
+    def asks_for_another_name(self, name: str) -> Any:
+        return super().__getattr__(name[1:])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in vars(Delegates) if "asks" in name or "_f" in name]
+)
+def test_a_getattr_that_asks_the_next_class_first_is_told_from_others(name: str) -> None:
+    assert asks_super_first(vars(Delegates)[name].__code__) == (name == "asks_first")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import operator
+import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -663,3 +666,380 @@ def test_a_member_with_dropout_is_captured_where_it_drops_nothing(x: Tensor, sha
     model(x)
     model.eval()(x)
     assert runs(kernel) == (1 if share else 2)
+
+
+class Layer(nn.Module):
+    """The classes below it have what few ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class Iterates(Layer):
+    def __iter__(self) -> Any:
+        yield self.fc
+
+
+class Delegates(Layer):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.fc, name)
+
+
+class KnowsItsDevice(Layer):
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Holds(Norm):
+    """A norm with a layer below it."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+        self.layers = nn.ModuleList([child])
+
+
+class CallsIt(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(super().forward(x)).to(x.device)
+
+
+class CallsAStaticMethod(CallsIt):
+    @staticmethod
+    def joined(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([x, y])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(x, super().forward(x))[1].to(x.device)
+
+
+class AsksForItsDevice(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.child is None or not callable(self.child):
+            return x
+        return self.child(super().forward(x)).to(self.child.device)
+
+
+class CallsItInALoop(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for layer in self.layers:
+            found.append(layer(super().forward(x)))
+        return found[0]
+
+
+class CallsAnItem(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[-1](super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "child"),
+    [
+        (CallsIt, Iterates),
+        (CallsIt, Delegates),
+        (CallsIt, KnowsItsDevice),
+        (CallsAStaticMethod, Delegates),
+        (AsksForItsDevice, KnowsItsDevice),
+        (CallsItInALoop, KnowsItsDevice),
+        (CallsAnItem, KnowsItsDevice),
+    ],
+)
+def test_what_a_layer_could_do_and_nobody_asks_it_for_is_no_effect(
+    norm: Any, child: Any, x: Tensor
+) -> None:
+    model = model_of(Block.forward, x.device)
+    model[0].norm = norm(child()).to(x.device)
+    expected = model(x)
+    kernel = members_kernel(1)
+    fuse(model, kernel)
+    assert torch.equal(model(x), expected)
+    assert runs(kernel) == 1, path_of(model)[2]
+
+
+class ChangesAndComputes(Holds):
+    change: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(super().forward(x))  # type: ignore[no-any-return]
+
+
+def casts_a_variable(self: Any, x: Tensor) -> Tensor:
+    child = self.child
+    child.to(torch.float32)
+    return x
+
+
+def casts_one_of_two(self: Any, x: Tensor) -> Tensor:
+    child = self.layers
+    if x.dim() == 2:
+        child = self.child
+    child.float()
+    return x
+
+
+def casts_in_a_loop(self: Any, x: Tensor) -> Tensor:
+    for layer in self.children():
+        layer.float()
+    return x
+
+
+def casts_an_item(self: Any, x: Tensor) -> Tensor:
+    self.layers[0].type(x.dtype)
+    return x
+
+
+def casts_itself(self: Any, x: Tensor) -> Tensor:
+    me = self
+    me.float()
+    return x
+
+
+def cast(module: Any) -> None:
+    module.to(torch.float32)
+
+
+def cast_it(module: Any, kind: Any) -> bool:
+    module.float()
+    return type(module) is kind
+
+
+def casts_in_a_function(self: Any, x: Tensor) -> Tensor:
+    cast(self.child)
+    return x
+
+
+def casts_a_layer_of_a_layer(self: Any, x: Tensor) -> Tensor:
+    [layer.float() for layer in self.child.modules()]
+    return x
+
+
+def empties_its_layers(self: Any, x: Tensor) -> Tensor:
+    layers = self.layers
+    layers.pop(-1)
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        casts_a_variable, casts_one_of_two, casts_in_a_loop, casts_an_item, casts_itself,
+        casts_in_a_function,
+        casts_a_layer_of_a_layer, empties_its_layers,
+    ],
+)  # fmt: skip
+def test_a_member_that_changes_a_module_it_has_as_a_value_runs_at_its_own_call(
+    change: Any, x: Tensor
+) -> None:
+    cls = type("Changes", (ChangesAndComputes,), {"change": change})
+    states = []
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        model = model_with(cls(Layer()), x).double()
+        if is_fused:
+            fuse(model, WeightKernel)
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # Of two dtypes.
+            model(x.double())
+        states.append({name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)})
+    assert states[0] == states[1]
+    effect = effect_of(Reach(cls(Layer()), cls))
+    assert effect is not None
+    assert re.match("uses (its|'(to|float|type|pop)' of a module)", effect.what)
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class HasText(Counts):
+    def __str__(self) -> str:
+        return "x" * self.calls
+
+
+class HasRepr(Counts):
+    def __repr__(self) -> str:
+        return "x" * self.calls
+
+
+class HasMore(Counts):
+    def extra_repr(self) -> str:
+        return "x" * self.calls
+
+
+class HasFormat(Counts):
+    def __format__(self, spec: str) -> str:
+        return "x" * self.calls
+
+
+class HasHash(Counts):
+    def __hash__(self) -> int:
+        return self.calls
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class HasTruth(Counts):
+    def __bool__(self) -> bool:
+        return self.calls % 2 == 0
+
+
+class HasLength(Counts):
+    def __len__(self) -> int:
+        return self.calls
+
+
+class HasAll(Counts):
+    def __getattribute__(self, name: str) -> Any:
+        if name == "scale":
+            return object.__getattribute__(self, "calls")
+        return super().__getattribute__(name)
+
+    scale = 1
+
+
+class HasAnswers(Counts):
+    def __getattr__(self, name: str) -> Any:
+        return self.calls if name == "ndim" else super().__getattr__(name)
+
+
+class CallsAndReads(Holds):
+    read: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child(x)
+        return super().forward(x) * self.read()
+
+
+def asks_for_anything(module: Any) -> Any:
+    return module.ndim
+
+
+@pytest.mark.parametrize(
+    ("child", "read"),
+    [
+        (HasText, lambda self: len(str(self.child))),
+        (HasText, lambda self: len(f"{self.child}")),
+        (HasText, lambda self: len("%s" % self.child)),  # noqa: UP031
+        (HasText, lambda self: len("{}".format(self.child))),  # noqa: UP032
+        (HasText, lambda self: len("".join(map(str, self.children())))),
+        (HasRepr, lambda self: len(repr(self.child))),
+        (HasMore, lambda self: len(repr(self.child))),
+        (HasFormat, lambda self: len(f"{self.child:x}")),
+        (HasHash, lambda self: 1 + len({self.child, self})),
+        (HasHash, lambda self: 1 + len({self.child: 1})),
+        (HasTruth, lambda self: 2 if self.child else 1),
+        (HasTruth, lambda self: 2 if (not self.child) else 1),
+        (HasLength, lambda self: len(self.child)),
+        (HasAll, lambda self: self.child.scale),
+        (HasAnswers, lambda self: asks_for_anything(self.child)),
+    ],
+)
+def test_a_member_that_reads_a_count_by_a_special_method_runs_at_its_call(
+    child: Any, read: Any, x: Tensor
+) -> None:
+    cls = type("Reads", (CallsAndReads,), {"read": read})
+    reason = assert_same_as_twin(model_with(cls(child()), x), x, WeightKernel)
+    counted = f"norm reads what {child.__name__} counts, its calls"
+    assert reason.startswith((counted, "norm uses object.__getattribute__", "norm uses '__getattr"))
+
+
+def keeps_in_a_default(x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+    seen.append(1)
+    return x * len(seen)
+
+
+def reads_a_default(x: Tensor, *, factors: dict[str, float] = {"a": 2.0}) -> Tensor:  # noqa: B006
+    return x * factors["a"]
+
+
+def casts_a_default(x: Tensor, layer: nn.Module = nn.Linear(8, 8)) -> Tensor:  # noqa: B008
+    layer.float()
+    return x
+
+
+def draws_by_a_default(x: Tensor, noise: Any = torch.rand_like) -> Tensor:
+    return x + noise(x)
+
+
+@pytest.mark.parametrize(
+    "function", [keeps_in_a_default, reads_a_default, casts_a_default, draws_by_a_default]
+)
+def test_a_member_with_a_default_that_may_change_or_act_runs_at_its_call(
+    function: Any, x: Tensor
+) -> None:
+    class Calls(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(super().forward(x))  # type: ignore[no-any-return]
+
+    effect = effect_of(Reach(Calls(), Calls))
+    assert effect is not None
+    assert "a default of" in effect.what or "rand_like" in effect.what
+
+
+def add_to(kept: Any) -> Any:
+    if type(kept) is list:
+        kept.append(1.0)
+    elif type(kept) is dict:
+        kept.update(b=1.0)
+    else:
+        kept.add(2.0)
+    return kept
+
+
+@pytest.mark.parametrize("held", [[1.0], {"a": 1.0}, {1.0}], ids=["list", "dict", "set"])
+def test_a_member_that_adds_to_a_container_it_holds_runs_at_its_call(held: Any, x: Tensor) -> None:
+    class Adds(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * len(add_to(self.held))
+
+    norm = Adds()
+    norm.held = held
+    reason = assert_same_as_twin(model_with(norm, x), x, WeightKernel)
+    assert reason.startswith("norm may write to its held")
+
+
+class AsksItsOwnWay(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if isinstance(self.child, int) else 2 * x
+
+    forward = types.FunctionType(forward.__code__, {**globals(), "isinstance": cast_it})
+
+
+class TakesAnything(Holds):
+    def forward(*given: Any) -> Any:  # type: ignore[override]
+        given[0].float()
+        return given[1]
+
+
+class Returns(Holds):
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[0]
+
+
+class CastsWhatACallReturns(Holds):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__(Returns(child))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child(x).float()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [AsksItsOwnWay, TakesAnything, CastsWhatACallReturns])
+def test_a_cast_that_code_hides_is_found(cls: type[Holds]) -> None:
+    effect = effect_of(Reach(cls(Layer()), cls))
+    assert effect is not None
+    assert "it is not known what that does" in effect.what

@@ -501,10 +501,19 @@ def by_a_method_of_a_variable(mlp: Any, x: Tensor) -> Tensor:
     return numbers.mean(x)  # type: ignore[no-any-return]
 
 
+def an_item(mlp: Any, x: Tensor) -> Tensor:
+    return x * [mlp.numbers][0].max
+
+
+def without_casts(self: Any, x: Tensor) -> Tensor:
+    gate = self.numbers(self.act(self.gate(x)))
+    return self.down(self.scale(gate) * self.up(x))  # type: ignore[no-any-return]
+
+
 READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "an attribute": (lambda mlp, x: x * mlp.numbers.max, "max"),
     "a variable": (times_a_variable, "max"),
-    "an item": (lambda mlp, x: x * [mlp.numbers][0].max, "max"),
+    "an item": (an_item, "max"),
     "a method": (lambda mlp, x: mlp.numbers.scaled(x), "eps"),
     "a method of a variable": (by_a_method_of_a_variable, "eps"),
     "a method that a method calls": (by_a_method_of_a_variable, "scaled"),
@@ -515,7 +524,8 @@ READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def test_a_number_of_a_child_is_watched_however_it_is_read(name: str) -> None:
     torch.manual_seed(0)
     method, changed = READ[name]
-    cls = type("Reads", (NumbersMlp,), {"scale": method})
+    methods = {"scale": method} | ({"forward": without_casts} if name == "an item" else {})
+    cls = type("Reads", (NumbersMlp,), methods)
     model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
     assert fuse(model).fused
     model(x)
@@ -527,6 +537,12 @@ def test_a_number_of_a_child_is_watched_however_it_is_read(name: str) -> None:
     assert reason in str(report(model).groups[0].reason)
     unfuse_modules(model)
     assert torch.equal(found, model(x))
+
+
+def test_where_a_child_is_an_item_what_is_cast_may_be_that_child() -> None:
+    cls = type("Reads", (NumbersMlp,), {"scale": an_item})
+    result = fuse(nn.Sequential(Block(Norm, cls)))
+    assert "mlp uses 'to' of a module, and it is not known" in str(result.skipped[0].reason)
 
 
 @pytest.mark.parametrize("where", ["the instance", "the class", "a tuple"])
