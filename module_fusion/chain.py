@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import checkpointed_call
-from .context import calling_context
+from .context import Context, calling_context
 from .deferred import CapturedCall, DeferredOutput
 from .errors import add_note
 from .modules import KEY, REPLACED, ModuleState, read_forward, state_of
@@ -187,27 +187,27 @@ class Chain:
         self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], str | None]:
         """The chain's inputs, and the reason why the kernel may not have them."""
-        inputs, calls, reason = self._inputs_and_calls(last, args, kwargs)
+        now = calling_context()
+        inputs, calls, reason = self._inputs_and_calls(last, args, kwargs, now)
         if torch.compiler.is_dynamo_compiling():
             return inputs, reason
-        checkpointed = checkpointed_call(last)
+        checkpointed = None if now[5] is None else checkpointed_call(last, now[5])
         if checkpointed is not None:
             seat: FusedKernel = self.seat  # type: ignore[assignment]
             reason = checkpointed.decide(last.__dict__[KEY].path, seat.kernel, reason)
-        if reason is None and torch.is_grad_enabled():
+        if reason is None and now[0]:
             for call in calls:
                 call.replaced_in_graph = True
         return inputs, reason
 
     def _inputs_and_calls(
-        self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, last: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], now: Context
     ) -> tuple[list[Any], list[CapturedCall], str | None]:
         """The chain's inputs, the captured calls, and the reason why a kernel may not run."""
         seat: FusedKernel = self.seat  # type: ignore[assignment]
         if seat._members[-1]() is not last:
             return [], [], "the module is a copy that shares the kernel of its original"
         weights: list[Tensor] = []
-        now = calling_context()
         reason = last.__dict__[KEY].form.why_not_plain(last, self.roles[-1], weights)
         if reason is None and not self.collectors:
             reason = why_not_under(now)

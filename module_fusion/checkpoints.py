@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .context import saved_tensors_hooks
 from .errors import DeferredUseError
 
 # What a collector ran if its call was captured. Text, so that a copy is equal.
@@ -103,10 +102,13 @@ class CheckpointedCall:
         return None
 
 
-def checkpointed_call(module: nn.Module) -> CheckpointedCall | None:
-    """The call of a module that begins now, if it is in a checkpoint; None if it is not."""
-    hooks = saved_tensors_hooks()
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
+def checkpointed_call(module: nn.Module, hooks: Any) -> CheckpointedCall | None:
+    """The call of a module that begins now, if it is in a checkpoint; None if it is not.
+
+    Args:
+        hooks: for saved tensors, that are in force.
+    """
+    if getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
         return None
     pack = inspect.unwrap(hooks[0])
     cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=False))

@@ -23,15 +23,11 @@ Context = tuple[Any, ...]
 _FAKE = "torch._subclasses.fake_tensor"
 _REAL = "{} has to compute with values: leave the FakeTensorMode, and give a real model"
 
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, name)
-    for name in (
-        "_global_forward_pre_hooks",
-        "_global_forward_hooks",
-        "_global_backward_pre_hooks",
-        "_global_backward_hooks",
-    )
-)
+# The dicts themselves: torch writes to them, and to nothing else.
+_FORWARD_PRE_HOOKS: Any = torch_module._global_forward_pre_hooks
+_FORWARD_HOOKS: Any = torch_module._global_forward_hooks
+_BACKWARD_PRE_HOOKS: Any = torch_module._global_backward_pre_hooks
+_BACKWARD_HOOKS: Any = torch_module._global_backward_hooks
 
 
 def calling_context() -> Context:
@@ -53,7 +49,7 @@ def calling_context() -> Context:
         function_modes(),
         dispatch_modes(),
         tracing_state() is not None,
-        any(_GLOBAL_HOOKS),
+        has_global_hooks(),
         forward_ad._current_level >= 0,
     )
 
@@ -65,7 +61,7 @@ def saved_tensors_hooks() -> Any:
 
 def has_global_hooks() -> bool:
     """Whether a hook is registered for all modules."""
-    return any(_GLOBAL_HOOKS)
+    return bool(_FORWARD_PRE_HOOKS or _FORWARD_HOOKS or _BACKWARD_PRE_HOOKS or _BACKWARD_HOOKS)
 
 
 class SavedTensorHooks:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .bytecode import layers_of
 from .checkpoints import CAPTURED, checkpointed_call
-from .context import calling_context, saved_tensors_hooks
+from .context import Context, calling_context, saved_tensors_hooks
 from .deferred import (
     CapturedCall,
     DeferredOutput,
@@ -549,20 +549,23 @@ def _capture(
     if torch.compiler.is_dynamo_compiling():
         if not state.speculation.holds:
             return None
-        return _deferred(state, _captured_call(module, state, args, kwargs)[0])
+        call, _ = _captured_call(module, state, args, kwargs, calling_context())
+        return _deferred(state, call)
     caller = get_ident()
     if caller in state.running:
         return None
-    checkpointed = checkpointed_call(module)
+    context = calling_context()
+    hooks = context[5]
+    checkpointed = None if hooks is None else checkpointed_call(module, hooks)
     inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
     # What was learned since does not count where a checkpoint runs the call again.
     is_repeated = checkpointed is not None and checkpointed.is_repeated
     call = None
-    reason = _why_not_there(state, inside)
+    reason = _why_not_there(state, inside, hooks)
     if reason is None and state.speculation.used_in_compiled_code and not is_repeated:
         reason = f"the output of {state.name} goes into compiled code"
     if reason is None:
-        call, reason = _captured_call(module, state, args, kwargs)
+        call, reason = _captured_call(module, state, args, kwargs, context)
     is_given_away = state.speculation.needs_gradient or state.is_given_away
     if call is not None and call.context[0] and is_given_away and not is_repeated:
         # A kernel in its place would leave it without a way to the output in the graph.
@@ -579,7 +582,8 @@ def _capture(
 def _decide_unarmed(module: nn.Module, state: ModuleState, reason: str) -> None:
     """Tell a checkpoint that the member runs; raise where a kernel ran when it was run first."""
     if not torch.compiler.is_dynamo_compiling():
-        checkpointed = checkpointed_call(module)
+        hooks = saved_tensors_hooks()
+        checkpointed = None if hooks is None else checkpointed_call(module, hooks)
         if checkpointed is not None:
             checkpointed.decide(state.path, None, reason)
 
@@ -590,7 +594,7 @@ def _deferred(state: ModuleState, call: CapturedCall | None) -> Any:
     return tuple([DeferredOutput(call, index) for index in range(state.outputs)])
 
 
-def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
+def _why_not_there(state: ModuleState, inside: Inside | None, hooks: Any) -> str | None:
     """Why nothing is captured at this place, None if it is.
 
     A checkpoint runs a part of the forward again in the backward, and what is captured has to be
@@ -600,7 +604,7 @@ def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
         return f"{state.name} is called outside the forward of the module around it"
     if not inside.is_as_read:
         return f"the class around {state.name} has another forward now: unfuse, and fuse again"
-    if inside.hooks != saved_tensors_hooks():
+    if inside.hooks != hooks:
         return f"{state.name} is in a checkpoint, or under other hooks for saved tensors, alone"
     if inside.backward != torch._C._current_graph_task_id():
         return f"{state.name} is called in a backward"
@@ -608,12 +612,15 @@ def _why_not_there(state: ModuleState, inside: Inside | None) -> str | None:
 
 
 def _captured_call(
-    module: nn.Module, state: ModuleState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    state: ModuleState,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Context,
 ) -> tuple[CapturedCall | None, str | None]:
     """The call, or the reason why it cannot wait."""
     form: MemberForm = state.form  # type: ignore[assignment]
     weights: list[Tensor] = []
-    context = calling_context()
     reason = why_not_under(context) or form.why_not_plain(module, state.name, weights)
     if reason is not None:
         return None, reason

@@ -2,7 +2,7 @@
 
 Eager calls reach the launchers directly or through an `autograd.Function`: dispatching an
 operator costs several microseconds. Under `torch.compile` the GPU path is three opaque
-operators, since Dynamo cannot pass every launch option on; torch's own operations are traced.
+operators, or for one token the kernels themselves; torch's own operations are traced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import cpu
 from ._triton import HAS_TRITON
+from .configs import are_contiguous, in_graph
 from .reference import Options, Weights
 
 if HAS_TRITON:
@@ -45,6 +46,10 @@ def rms_norm_mlp(x: Tensor, weights: Weights, options: Options, triton: bool) ->
         x.requires_grad or any(w is not None and w.requires_grad for w in weights)
     )
     if torch.compiler.is_compiling():
+        if not needs_grad:
+            launches = _launches_in_graph(x, weights)
+            if launches is not None:
+                return triton_forward.one_token_in_graph(x, weights, options, *launches)
         operators = getattr(torch.ops, NAMESPACE)
         if needs_grad:
             output: Tensor = operators.forward_for_backward(x, *weights, *options)[0]
@@ -54,6 +59,25 @@ def rms_norm_mlp(x: Tensor, weights: Weights, options: Options, triton: bool) ->
     if needs_grad:
         return cast(Tensor, _RMSNormMLP.apply(options, x, *weights))  # type: ignore[no-untyped-call]
     return triton_forward.forward(x, weights, options)
+
+
+def _launches_in_graph(x: Tensor, weights: Weights) -> Any:
+    """How Inductor is to launch the kernels for one token itself; None where an operator runs.
+
+    That takes a third of the host time of an operator, of which decoding is made. What is exported
+    keeps the operator.
+    """
+    if not x.is_cuda or x.dtype == torch.float32 or not torch.compiler.is_dynamo_compiling():
+        return None
+    if torch.compiler.is_exporting() or not are_contiguous(weights):
+        return None
+    # Imports sympy.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if not statically_known_true(x.numel() == x.shape[-1]):
+        return None
+    hidden, intermediate = weights.down.shape
+    return in_graph(x.device.index, hidden, intermediate)
 
 
 class _RMSNormMLP(torch.autograd.Function):

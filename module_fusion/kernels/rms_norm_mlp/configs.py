@@ -83,6 +83,26 @@ def _chosen(index: int | None, hidden: int, intermediate: int, tokens: int) -> S
     return table()[key] if key in table() else default(hidden, intermediate, tokens, processors)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def in_graph(
+    index: int, hidden: int, intermediate: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """The two launches for one token, as numbers: torch.compile takes them as they are now.
+
+    Returns:
+        For each kernel the grid, columns, depth, warps, stages and flatten of its `Stream`.
+    """
+    config = _chosen(index, hidden, intermediate, 1)
+    if config is None:
+        return None
+    return _numbers(config.gate_up, intermediate), _numbers(config.down, hidden)
+
+
+def _numbers(stream: Stream, size: int) -> tuple[Any, ...]:
+    columns, depth, warps, stages, _, flatten = stream
+    return stream.programs(size), columns, depth, warps, stages, flatten
+
+
 def default(hidden: int, intermediate: int, tokens: int, processors: int) -> Skinny:
     """About two programs for each multiprocessor in the down projection, which has few columns."""
     if tokens > 1:
@@ -103,12 +123,8 @@ def default(hidden: int, intermediate: int, tokens: int, processors: int) -> Ski
 def skinny(x: Tensor, weights: Weights) -> Skinny | None:
     """The configuration for few tokens, None where cuBLAS does the products."""
     tokens = x.numel() // x.shape[-1]
-    if tokens > MOST_TOKENS or x.dtype == torch.float32:
+    if tokens > MOST_TOKENS or x.dtype == torch.float32 or not are_contiguous(weights):
         return None
-    matrices = (weights.gate, weights.down) if weights.up is None else weights[1:4]
-    for tensor in (*matrices, weights.norm, *weights[4:]):
-        if tensor is not None and not tensor.is_contiguous():
-            return None
     hidden, intermediate = weights.down.shape
     return _chosen(
         x.get_device() if x.is_cuda else None,
@@ -116,3 +132,8 @@ def skinny(x: Tensor, weights: Weights) -> Skinny | None:
         intermediate,
         1 if tokens == 1 else MOST_TOKENS,
     )
+
+
+def are_contiguous(weights: Weights) -> bool:
+    """Whether the kernels for few tokens can read them."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in weights)

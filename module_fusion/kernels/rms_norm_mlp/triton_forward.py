@@ -9,6 +9,8 @@ activation kernel, cuBLAS. cuBLAS follows the caller's own TF32 setting, as the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -270,12 +272,7 @@ def halves(gate: Tensor, up: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 def _few_tokens(x: Tensor, weights: Weights, options: Options, config: Skinny) -> Tensor:
     H = x.shape[-1]
     M = x.numel() // H
-    gate_IH, up_IH = weights.gate, weights.up
-    gate_bias, up_bias = weights.gate_bias, weights.up_bias
-    if up_IH is None:
-        gate_IH, up_IH = halves_of_rows(gate_IH, options.gate_first)
-        if gate_bias is not None:
-            gate_bias, up_bias = halves_of_rows(gate_bias, options.gate_first)
+    gate_IH, up_IH, gate_bias, up_bias = gate_and_up_rows(weights, options)
     I = gate_IH.shape[0]
     # Every view costs host time, of which a call of one token is made.
     x_MH = x if x.is_contiguous() else rows(x)
@@ -306,6 +303,49 @@ def _few_tokens(x: Tensor, weights: Weights, options: Options, config: Skinny) -
         config.down.warps,
     )  # fmt: skip
     return y_MH
+
+
+def one_token_in_graph(
+    x: Tensor, weights: Weights, options: Options, gate_up: tuple[Any, ...], down: tuple[Any, ...]
+) -> Tensor:
+    """`_few_tokens` for one token, for torch.compile, which takes the two kernels into the graph.
+
+    Args:
+        gate_up, down: what `configs.in_graph` gives.
+    """
+    H, I = weights.down.shape
+    gate_IH, up_IH, gate_bias, up_bias = gate_and_up_rows(weights, options)
+    x_H = x.contiguous()
+    product_I = x.new_empty(I)
+    programs, columns, depth, warps, stages, flatten = gate_up
+    _skinny_gate_up[(programs,)](
+        x_H, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_I, H, 1, H, I, options.eps,
+        HAS_WEIGHT=weights.norm is not None, NORM=options.norm, ACT=options.activation,
+        HAS_GATE_BIAS=gate_bias is not None, HAS_UP_BIAS=up_bias is not None,
+        BLOCK_M=1, BLOCK_I=columns, BLOCK_H=depth, STAGES=stages, FLATTEN=flatten,
+        num_warps=warps,
+    )  # fmt: skip
+    y = x_H.new_empty(x_H.shape)
+    programs, columns, depth, warps, stages, flatten = down
+    _skinny_down[(programs,)](
+        product_I, weights.down, weights.down_bias, y, 1, I, H,
+        HAS_BIAS=weights.down_bias is not None,
+        BLOCK_M=1, BLOCK_H=columns, BLOCK_I=depth, STAGES=stages, FLATTEN=flatten,
+        num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def gate_and_up_rows(
+    weights: Weights, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The weights and biases of gate and up, as blocks of rows where one layer has both."""
+    if weights.up is not None:
+        return weights.gate, weights.up, weights.gate_bias, weights.up_bias
+    gate, up = halves_of_rows(weights.gate, options.gate_first)
+    if weights.gate_bias is None:
+        return gate, up, None, None
+    return (gate, up, *halves_of_rows(weights.gate_bias, options.gate_first))
 
 
 def halves_of_rows(merged: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
