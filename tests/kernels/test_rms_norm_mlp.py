@@ -475,6 +475,44 @@ def test_compiled_whole_forward_and_backward(
     assert_gradients(seat, x, dy, compiled)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("merged", [False, True, "up first"])
+@pytest.mark.parametrize("shape", [(32,), (1, 1, 32)])
+def test_one_token_in_a_graph_is_two_kernels_that_give_the_same_bits(
+    shape: tuple[int, ...], merged: bool | str
+) -> None:
+    torch.manual_seed(0)
+    norm, mlp = members(32, 48, torch.bfloat16, "cuda", merged=merged, bias=bool(merged))
+    seat = Seat(norm, mlp)
+    names: list[str] = []
+
+    def noting(graph: Any, example: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    for backend in (noting, "inductor"):
+        torch.compiler.reset()
+        compiled = torch.compile(seat, fullgraph=True, backend=backend)
+        for layout in ("contiguous", "every other"):
+            x = in_layout(shape, layout, torch.bfloat16, "cuda")
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), seat(x), rtol=0, atol=0)
+    assert sum("triton_kernel" in name for name in names) >= 2
+    assert not any(name.startswith(_ops.NAMESPACE) for name in names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_token_in_a_graph_that_cuda_replays_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    seat = Seat(*members(32, 48, torch.bfloat16, "cuda"))
+    compiled = torch.compile(seat, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(1, 1, 32).to("cuda", torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x).clone(), seat(x), rtol=0, atol=0)
+
+
 def test_the_gpu_path_is_an_operator_in_a_graph() -> None:
     norm, mlp = members(16, 24, torch.float32, DEVICES[-1])
     seat = Seat(norm, mlp)
