@@ -112,6 +112,21 @@ def test_the_gradients_are_as_exact_as_those_of_the_members(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_the_stride_of_a_dimension_of_one_does_not_count(
+    device: str, merged: bool, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        seat = Seat(*members(8, 16, dtype, device, merged=merged))
+        x = torch.randn(tokens, 8).to(device, dtype)[None].transpose(0, 1)
+        assert x.is_contiguous()
+        assert x.stride(1) == 8 * tokens
+        assert_forward(seat, x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", sorted(NORMS))
 @pytest.mark.parametrize("activation", sorted(HIDDEN_ACTS))

@@ -69,7 +69,8 @@ def _launches_in_graph(x: Tensor, weights: Weights) -> Any:
     """
     if not x.is_cuda or x.dtype == torch.float32 or not torch.compiler.is_dynamo_compiling():
         return None
-    if torch.compiler.is_exporting() or not are_contiguous(weights):
+    # Before 2.13 Dynamo takes `is_exporting()` for true in every trace.
+    if torch.compiler._is_exporting_flag or not are_contiguous(weights):
         return None
     # Imports sympy.
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -183,35 +183,45 @@ def norm_launch(hidden: int) -> tuple[int, int]:
 
 
 def rms_norm(
-    x_MH: Tensor, weight: Tensor | None, options: Options, rstd_M: Tensor | None = None
+    x: Tensor, weight: Tensor | None, options: Options, rstd_M: Tensor | None = None
 ) -> Tensor:
-    """RMSNorm of rows with unit stride; writes the reciprocal root mean square to `rstd_M`."""
-    M, H = x_MH.shape
-    y_MH = torch.empty((M, H), dtype=x_MH.dtype, device=x_MH.device)
+    """RMSNorm of `as_rows(x)`; writes the reciprocal root mean square to `rstd_M`."""
+    H = x.shape[-1]
+    y = x.new_empty(x.shape)
     block, warps = norm_launch(H)
     launch(
-        _rms_norm, M, (x_MH, weight, y_MH, rstd_M), (x_MH.stride(0), H, options.eps),
+        _rms_norm, x.numel() // H, (x, weight, y, rstd_M), (row_stride(x), H, options.eps),
         (weight is not None, options.norm, rstd_M is not None, block), warps,
     )  # fmt: skip
-    return y_MH
+    return y
 
 
-def gated(gate_MI: Tensor, up_MI: Tensor, activation: str) -> Tensor:
-    """`activation(gate) * up` of rows with unit stride."""
-    M, I = gate_MI.shape
-    y_MI = torch.empty((M, I), dtype=gate_MI.dtype, device=gate_MI.device)
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up` of projections of `as_rows(x)`."""
+    I = gate.shape[-1]
+    y = gate.new_empty(gate.shape)
     block = min(triton.next_power_of_2(I), _ACTIVATION_BLOCK)
     launch(
-        _gated, M * triton.cdiv(I, block),
-        (gate_MI, up_MI, y_MI), (gate_MI.stride(0), up_MI.stride(0), I), (activation, block),
+        _gated, gate.numel() // I * triton.cdiv(I, block),
+        (gate, up, y), (row_stride(gate), row_stride(up), I), (activation, block),
     )  # fmt: skip
-    return y_MI
+    return y
 
 
 def rows(x: Tensor) -> Tensor:
     """`x` as a matrix whose rows have unit stride, copied only if it has to be."""
     matrix = x.reshape(-1, x.shape[-1])
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` itself where its rows follow each other, `rows(x)` elsewhere: a view costs host time."""
+    return x if x.dim() > 1 and x.is_contiguous() else rows(x)
+
+
+def row_stride(x: Tensor) -> int:
+    """From row to row of `as_rows`. The stride of a dimension of one can be anything."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(-2)
 
 
 def forward(x: Tensor, weights: Weights, options: Options) -> Tensor:
@@ -226,12 +236,11 @@ def forward(x: Tensor, weights: Weights, options: Options) -> Tensor:
     config = skinny(x, weights)
     if config is not None:
         return _few_tokens(x, weights, options, config)
-    x_MH = rows(x)
-    h_MH = rms_norm(x_MH, weights.norm, options)
-    gate_MI, up_MI = gate_and_up(h_MH, weights, options.gate_first)
-    product_MI = gated(gate_MI, up_MI, options.activation)
-    y_MH = torch.nn.functional.linear(product_MI, weights.down, weights.down_bias)
-    return _shaped(y_MH, x)
+    h = rms_norm(as_rows(x), weights.norm, options)
+    gate, up = gate_and_up(h, weights, options.gate_first)
+    product = gated(gate, up, options.activation)
+    y = torch.nn.functional.linear(product, weights.down, weights.down_bias)
+    return y if y.shape == x.shape else _shaped(y, x)
 
 
 def forward_for_backward(
@@ -274,15 +283,14 @@ def _few_tokens(x: Tensor, weights: Weights, options: Options, config: Skinny) -
     M = x.numel() // H
     gate_IH, up_IH, gate_bias, up_bias = gate_and_up_rows(weights, options)
     I = gate_IH.shape[0]
-    # Every view costs host time, of which a call of one token is made.
-    x_MH = x if x.is_contiguous() else rows(x)
+    x_MH = as_rows(x)
     if M > 1:
-        x_MH = rms_norm(rows(x), weights.norm, options)
-    product_MI = x_MH.new_empty((M, I))
+        x_MH = rms_norm(x_MH, weights.norm, options)
+    product_MI = x.new_empty((M, I))
     launch(
         _skinny_gate_up, config.gate_up.programs(I),
         (x_MH, weights.norm, gate_IH, up_IH, gate_bias, up_bias, product_MI),
-        (H if x_MH.is_contiguous() else x_MH.stride(0), M, H, I, options.eps),
+        (row_stride(x_MH), M, H, I, options.eps),
         (
             weights.norm is not None, options.norm, options.activation,
             gate_bias is not None, up_bias is not None,
@@ -291,7 +299,7 @@ def _few_tokens(x: Tensor, weights: Weights, options: Options, config: Skinny) -
         ),
         config.gate_up.warps,
     )  # fmt: skip
-    y_MH = x_MH.new_empty(x.shape)
+    y_MH = x.new_empty(x.shape)
     launch(
         _skinny_down, config.down.programs(H),
         (product_MI, weights.down, weights.down_bias, y_MH), (M, I, H),
