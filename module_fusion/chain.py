@@ -191,10 +191,11 @@ class Chain:
         inputs, calls, reason = self._inputs_and_calls(last, args, kwargs, now)
         if torch.compiler.is_dynamo_compiling():
             return inputs, reason
-        checkpointed = None if now[5] is None else checkpointed_call(last, now[5])
-        if checkpointed is not None:
-            seat: FusedKernel = self.seat  # type: ignore[assignment]
-            reason = checkpointed.decide(last.__dict__[KEY].path, seat.kernel, reason)
+        if now[5] is not None:
+            state, seat = last.__dict__[KEY], self.seat
+            checkpointed = checkpointed_call(last, state.path, state.original, now[5])
+            if checkpointed is not None:
+                reason = checkpointed.decide(None if seat is None else seat.kernel, reason)
         if reason is None and now[0]:
             for call in calls:
                 call.replaced_in_graph = True

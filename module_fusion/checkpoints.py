@@ -8,7 +8,9 @@ what each call ran is kept with the checkpoint; where that cannot be run again, 
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -30,36 +32,43 @@ class _Ran(NamedTuple):
 _NOT_FUSED = _Ran(None, "a checkpoint runs it again, and it had no kernel in the forward")
 
 
+# Where the module was when it was fused, and its class: copies of it have the same.
+_Key = tuple[str, type]
+
+
 class _Record:
     """What the modules that are called in one checkpoint ran.
 
     Attributes:
-        ran: for each module, what each of its calls ran in the forward.
+        ran: what each of their calls ran in the forward, in order.
         repeated: how many of those calls a backward has repeated, by its pack hook.
+        modules: in whose place a kernel ran.
     """
 
     def __init__(self) -> None:
-        self.ran: weakref.WeakKeyDictionary[nn.Module, list[_Ran]] = weakref.WeakKeyDictionary()
-        self.repeated: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[nn.Module, int]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self.ran: dict[_Key, list[_Ran]] = {}
+        self.repeated: weakref.WeakKeyDictionary[Any, Counter[_Key]] = weakref.WeakKeyDictionary()
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def next_of(self, module: nn.Module, pack: Any) -> _Ran:
-        """What the call of a module ran that is repeated now."""
-        counts = self.repeated.setdefault(pack, weakref.WeakKeyDictionary())
-        position = counts.get(module, 0)
-        counts[module] = position + 1
-        ran = self.ran.get(module, [])
+    def next_of(self, key: _Key, pack: Any) -> _Ran:
+        """What the call ran that is repeated now."""
+        counts = self.repeated.setdefault(pack, Counter())
+        position = counts[key]
+        counts[key] += 1
+        ran = self.ran.get(key, [])
         return ran[position] if position < len(ran) else _NOT_FUSED
 
 
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
+_ADDING = threading.Lock()
 
 
 class CheckpointedCall:
     """A call of a fused module in a checkpoint.
 
     Args:
+        path: of the module, when it was fused.
+        original: its class.
         record: of the checkpoint.
         pack: the hook for saved tensors of a backward that runs the call again, None if it is
             the first time.
@@ -68,17 +77,19 @@ class CheckpointedCall:
         is_repeated: whether the checkpoint runs the call again.
     """
 
-    def __init__(self, module: nn.Module, record: _Record, pack: Any) -> None:
+    def __init__(
+        self, module: nn.Module, path: str, original: type, record: _Record, pack: Any
+    ) -> None:
         self.module = module
+        self.key = path, original
         self.record = record
         self.is_repeated = pack is not None
-        self.ran = record.next_of(module, pack) if self.is_repeated else _NOT_FUSED
+        self.ran = record.next_of(self.key, pack) if self.is_repeated else _NOT_FUSED
 
-    def decide(self, path: str, runs: Any, reason: str | None) -> str | None:
+    def decide(self, runs: Any, reason: str | None) -> str | None:
         """The reason why the call may not run what it could run now; None if it runs that.
 
         Args:
-            path: of the module, for the message.
             runs: what it could run.
             reason: why it may not, None if it may.
 
@@ -86,7 +97,9 @@ class CheckpointedCall:
             DeferredUseError: it ran in the forward, and cannot be run again.
         """
         if not self.is_repeated:
-            self.record.ran.setdefault(self.module, []).append(_Ran(runs, reason))
+            self.record.ran.setdefault(self.key, []).append(_Ran(runs, reason))
+            if reason is None:
+                self.record.modules.add(self.module)
             return reason
         if self.ran.reason is not None:
             return self.ran.reason
@@ -94,18 +107,22 @@ class CheckpointedCall:
             reason = "there is another kernel now"
         if reason is not None:
             raise DeferredUseError(
-                f"A checkpoint runs {path!r} again in the backward. A kernel ran in the forward, "
-                f"and cannot now: {reason}. The members would save other tensors than those that "
-                f"the backward looks for. Change the model, hooks and modes before the forward or "
-                f"after the backward."
+                f"A checkpoint runs {self.key[0]!r} again in the backward. A kernel ran in the "
+                f"forward, and cannot now: {reason}. The members would save other tensors than "
+                f"those that the backward looks for. Change the model, hooks and modes before the "
+                f"forward or after the backward."
             )
         return None
 
 
-def checkpointed_call(module: nn.Module, hooks: Any) -> CheckpointedCall | None:
+def checkpointed_call(
+    module: nn.Module, path: str, original: type, hooks: Any
+) -> CheckpointedCall | None:
     """The call of a module that begins now, if it is in a checkpoint; None if it is not.
 
     Args:
+        path: of the module, when it was fused.
+        original: its class.
         hooks: for saved tensors, that are in force.
     """
     if getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
@@ -119,17 +136,19 @@ def checkpointed_call(module: nn.Module, hooks: Any) -> CheckpointedCall | None:
         frame = cells["frame"].cell_contents if "frame" in cells else None
     if frame is None:
         return None
-    record = _RECORDS.setdefault(frame, _Record())
-    return CheckpointedCall(module, record, hooks[0] if is_repeated else None)
+    with _ADDING:
+        record = _RECORDS.setdefault(frame, _Record())
+    return CheckpointedCall(module, path, original, record, hooks[0] if is_repeated else None)
 
 
 def refuse_to_repeat(modules: Iterable[nn.Module]) -> None:
-    """Have the checkpoints in which these modules ran as fused ones raise in their backward."""
+    """Have the checkpoints in which a kernel ran for these modules raise in their backward."""
     gone = list(modules)
-    for frame, record in list(_RECORDS.items()):
-        for module in gone:
-            if any(ran.reason is None for ran in record.ran.get(module, ())):
-                frame.recompute_fn = _refuse
+    with _ADDING:
+        records = list(_RECORDS.items())
+    for frame, record in records:
+        if any(module in record.modules for module in gone):
+            frame.recompute_fn = _refuse
 
 
 def _refuse(*args: Any) -> None:

@@ -208,7 +208,7 @@ class RegistryCollector(_Swapped):
         if not isinstance(self, RegistryCollector):
             return self(*args, **kwargs)  # This method was kept beyond the fusing.
         if state is None or not state.armed:
-            if state is not None:
+            if state is not None and not torch.compiler.is_dynamo_compiling():
                 _decide_unarmed(self, state, "it waits for no kernel")
             return super().__call__(*args, **kwargs)
         captured = _capture(self, state, args, kwargs)
@@ -246,7 +246,7 @@ class FusedModule(_Swapped):
         if not state.armed:
             if not torch.compiler.is_dynamo_compiling():
                 chain.count_members_run()
-            _decide_unarmed(self, state, chain.why_not_running())
+                _decide_unarmed(self, state, chain.reason)
             return super().__call__(*args, **kwargs)
         inputs, reason = chain.kernel_inputs(self, args, kwargs)
         if reason is None:
@@ -556,7 +556,9 @@ def _capture(
         return None
     context = calling_context()
     hooks = context[5]
-    checkpointed = None if hooks is None else checkpointed_call(module, hooks)
+    checkpointed = None
+    if hooks is not None:
+        checkpointed = checkpointed_call(module, state.path, state.original, hooks)
     inside = state.boundary.inside.get(caller)  # type: ignore[union-attr]
     # What was learned since does not count where a checkpoint runs the call again.
     is_repeated = checkpointed is not None and checkpointed.is_repeated
@@ -571,7 +573,7 @@ def _capture(
         # A kernel in its place would leave it without a way to the output in the graph.
         reason = f"gradients are recorded, and the output of {state.name} is given to others"
     if checkpointed is not None:
-        reason = checkpointed.decide(state.path, CAPTURED, reason)
+        reason = checkpointed.decide(CAPTURED, reason)
     state.reason = reason
     if call is None or reason is not None:
         return None
@@ -581,11 +583,12 @@ def _capture(
 
 def _decide_unarmed(module: nn.Module, state: ModuleState, reason: str) -> None:
     """Tell a checkpoint that the member runs; raise where a kernel ran when it was run first."""
-    if not torch.compiler.is_dynamo_compiling():
-        hooks = saved_tensors_hooks()
-        checkpointed = None if hooks is None else checkpointed_call(module, hooks)
-        if checkpointed is not None:
-            checkpointed.decide(state.path, None, reason)
+    hooks = saved_tensors_hooks()
+    if hooks is None:
+        return
+    checkpointed = checkpointed_call(module, state.path, state.original, hooks)
+    if checkpointed is not None:
+        checkpointed.decide(None, reason)
 
 
 def _deferred(state: ModuleState, call: CapturedCall | None) -> Any:

@@ -62,6 +62,24 @@ class _Part(NamedTuple):
 _LAST: weakref.WeakValueDictionary[type, MemberForm] = weakref.WeakValueDictionary()
 
 
+def _are_alike(parts: list[_Part], others: list[_Part]) -> bool:
+    """Whether two members are in the same form, down to the types of what they are set to."""
+    if len(parts) != len(others):
+        return False
+    for part, other in zip(parts, others, strict=True):
+        # Values may be arrays, which have an equality of their own.
+        if part._replace(settings=(), reads=()) != other._replace(settings=(), reads=()):
+            return False
+        if len(part.settings) != len(other.settings) or part.reads or other.reads:
+            return False
+        for (name, value), (other_name, other_value) in zip(
+            part.settings, other.settings, strict=True
+        ):
+            if name != other_name or is_other(value, other_value):
+                return False
+    return True
+
+
 class MemberForm:
     """The form of a member and of every module below it.
 
@@ -87,7 +105,7 @@ class MemberForm:
     def _share(self) -> None:
         """Have what equal members have in common once: a call then finds it in the cache."""
         like = _LAST.get(self.parts[0].cls)
-        if like is not None and like.parts == self.parts and like.code.is_like(self.code):
+        if like is not None and like.code.is_like(self.code) and _are_alike(like.parts, self.parts):
             self.parts, self.code = like.parts, like.code
         _LAST[self.parts[0].cls] = self
 

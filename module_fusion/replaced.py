@@ -49,9 +49,12 @@ class WatchedCode:
 
     def is_same(self) -> bool:
         """Whether none of it was replaced. For eager calls; `why_not_same` tells what was."""
-        for owner, look_up, values in self._found:
-            if look_up(owner) != values:
-                return False
+        try:
+            for owner, look_up, values in self._found:
+                if look_up(owner) != values:
+                    return False
+        except AttributeError:  # It was taken off.
+            return False
         for owner, name in self._absent:
             if getattr(owner, name, None) is not None:
                 return False

@@ -416,10 +416,10 @@ def undo_chains(model: nn.Module, chains: Sequence[Found], others: Sequence[nn.M
                 f"{type(module).__name__}; it was {shown_name(expected_class(state))} when it was "
                 f"fused. Undo first what changed it since, then unfuse."
             )
+    refuse_to_repeat(member for found in chains for member in members_of(found))
     for found in chains:
         for packing in found.chain.packings:
             packing.separate(members_of(found))
-    refuse_to_repeat(member for found in chains for member in members_of(found))
     for found in chains:
         found.chain.set_packings(())
         if found.chain.seat is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -25,7 +28,7 @@ from module_fusion import (
     report,
     unfuse_modules,
 )
-from module_fusion.checkpoints import _RECORDS
+from module_fusion.checkpoints import _RECORDS, refuse_to_repeat
 from module_fusion.modules import state_of
 
 Part = Callable[[Tensor], Tensor]
@@ -449,6 +452,43 @@ def test_each_call_of_a_block_in_a_checkpoint_is_run_again_as_it_was(
     checkpoint(twice, x, use_reentrant=False).sum().backward()
     assert_close(gradients_in(model, x), doubled(expected))
     assert runs(kernel) == 2
+
+
+@pytest.mark.parametrize("when", ["in the checkpoint", "before the backward"])
+def test_copies_run_again_what_their_original_ran(x: Tensor, parallel: Any, when: str) -> None:
+    model, expected, kernel = parallel
+    model.zero_grad()
+    given = x.clone().requires_grad_()
+    if when == "in the checkpoint":
+        y = checkpoint(lambda x: copy.deepcopy(model[0])(x), given, use_reentrant=False)
+    else:
+        y = checkpoint(lambda x: model[0](x), given, use_reentrant=False)
+        model[0] = copy.deepcopy(model[0])
+    y.sum().backward()
+    torch.testing.assert_close(given.grad, expected[0])
+    assert runs(kernel) == 2
+
+
+def test_modules_are_unfused_while_another_thread_is_in_a_checkpoint() -> None:
+    block = Parallel(Norm)
+    fuse(block, members_kernel(1))
+    x, done = torch.randn(2, 8).requires_grad_(), threading.Event()
+
+    def run_forwards() -> None:
+        while not done.is_set():
+            checkpoint(block, x, use_reentrant=False)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=run_forwards)
+    thread.start()
+    try:
+        for _ in range(2000):
+            refuse_to_repeat([])
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
