@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from module_fusion import (
     report,
     unfuse_modules,
 )
-from module_fusion.checkpoints import _RECORDS, refuse_to_repeat
+from module_fusion.checkpoints import _ADDING, _RECORDS
 from module_fusion.modules import state_of
 
 Part = Callable[[Tensor], Tensor]
@@ -469,26 +468,23 @@ def test_copies_run_again_what_their_original_ran(x: Tensor, parallel: Any, when
     assert runs(kernel) == 2
 
 
-def test_modules_are_unfused_while_another_thread_is_in_a_checkpoint() -> None:
+@pytest.mark.parametrize("step", ["forward", "unfuse"])
+def test_a_checkpoint_is_noted_while_no_other_thread_looks(step: str) -> None:
+    """What a thread notes while another one goes through all of them would be an error there."""
     block = Parallel(Norm)
-    fuse(block, members_kernel(1))
-    x, done = torch.randn(2, 8).requires_grad_(), threading.Event()
-
-    def run_forwards() -> None:
-        while not done.is_set():
-            checkpoint(block, x, use_reentrant=False)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    thread = threading.Thread(target=run_forwards)
-    thread.start()
-    try:
-        for _ in range(2000):
-            refuse_to_repeat([])
-    finally:
-        done.set()
-        thread.join()
-        sys.setswitchinterval(interval)
+    model = fuse(block, members_kernel(1))
+    x = torch.randn(2, 8).requires_grad_()
+    steps: dict[str, Callable[[], Any]] = {
+        "forward": lambda: checkpoint(block, x, use_reentrant=False),
+        "unfuse": lambda: unfuse_modules(model),
+    }
+    thread = threading.Thread(target=steps[step])
+    with _ADDING:
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
