@@ -139,6 +139,8 @@ def aliases_in(code: CodeType, me: str) -> dict[str, tuple[int, tuple[str, ...]]
         operation, value = one.opname, one.argval
         names = value if isinstance(value, tuple) else (value,)
         stores = operation.count("STORE_FAST") if operation.startswith("STORE_FAST") else 0
+        if one.is_jump_target:
+            loaded.clear()  # It may be something else, that was loaded where the jump is from.
         for name in names[:stores]:
             sets.append(name)
             if loaded and (path := loaded.pop()) is not None:
@@ -164,6 +166,8 @@ def containers_in(code: CodeType) -> frozenset[str]:
     """Variables that are never anything else than containers that the code itself builds."""
     built, others, previous = set[str](), {*code.co_varnames[: _arguments_of(code)]}, ""
     for one in dis.get_instructions(code):
+        if one.is_jump_target:
+            previous = ""
         if one.opname in SILENT:
             continue
         if one.opname.startswith("STORE_FAST"):
