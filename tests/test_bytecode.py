@@ -291,7 +291,7 @@ class Asks:
         return x if not self.a else 2 * x
 
     def asks_for_its_kind(self, x: Any) -> Any:
-        return isinstance(self.a, math.__class__) and hasattr(self, "b") and type(self.b)
+        return isinstance(self.a, math.__class__) and hasattr(self, "b") and callable(self.b)
 
     def asks_for_its_length(self, x: Any) -> Any:
         return len(self.a) * x
@@ -394,6 +394,25 @@ class LetsGo:
 
     def to_one_of_two(self, x: Any) -> Any:
         return given(self.a if x else 1)
+
+    def to_a_variable_that_is_one_of_two(self, x: Any) -> Any:
+        y = x or self.a
+        return y.b
+
+    def to_an_attribute_of_one_of_two(self, x: Any) -> Any:
+        return (x or self.a).b
+
+    def to_its_class(self, x: Any) -> Any:
+        return type(self.a).b
+
+    def to_what_takes_an_item(self, x: Any) -> Any:
+        return callable(self.a[len("")])
+
+    def to_what_takes_all_items(self, x: Any) -> Any:
+        return isinstance(*self.a)
+
+    def to_one_of_two_functions(self, x: Any) -> Any:
+        return (x if x else callable)(self.a)
 
 
 @pytest.mark.parametrize("cls", [Asks, LetsGo])

@@ -901,6 +901,22 @@ class HasLength(Counts):
         return self.calls
 
 
+class HasItems(Counts):
+    def __getitem__(self, index: int) -> int:
+        return self.calls
+
+    __add__ = __getitem__
+
+    def __iter__(self) -> Any:
+        return iter((self.calls, int))
+
+
+class HasReal(Counts):
+    @property
+    def real(self) -> int:
+        return self.calls
+
+
 class HasAll(Counts):
     def __getattribute__(self, name: str) -> Any:
         if name == "scale":
@@ -927,6 +943,15 @@ def asks_for_anything(module: Any) -> Any:
     return module.ndim
 
 
+def takes_of_its_class(self: Any) -> int:
+    kind = type(self.child)
+    return 1 + (kind.real is None)
+
+
+def asks_one_or_the_other(self: Any) -> int:
+    return (len if self.layers else callable)(self.child)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("child", "read"),
     [
@@ -943,6 +968,14 @@ def asks_for_anything(module: Any) -> Any:
         (HasTruth, lambda self: 2 if self.child else 1),
         (HasTruth, lambda self: 2 if (not self.child) else 1),
         (HasLength, lambda self: len(self.child)),
+        (HasLength, asks_one_or_the_other),
+        (HasItems, lambda self: 1 + isinstance(self.child[len("")], int)),
+        (HasItems, lambda self: 1 + callable(self.child[len("")])),
+        (HasItems, lambda self: 1 + callable(self.child + len(""))),
+        (HasItems, lambda self: 1 + isinstance(*self.child)),
+        (HasReal, lambda self: 1 + (type(self.child).real is None)),
+        (HasReal, takes_of_its_class),
+        (HasReal, lambda self: 1 + int((self.child if self.layers else self).real)),
         (HasAll, lambda self: self.child.scale),
         (HasAnswers, lambda self: asks_for_anything(self.child)),
     ],
