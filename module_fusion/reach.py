@@ -115,7 +115,7 @@ class Reach:
         for name, reach in self.below.items():
             # A call may return what was loose in it, and be given what is loose here.
             self._take(reach.taken)
-            for path in reach.loose:
+            for path in sorted(reach.loose):
                 self._loosen((name, *path))
 
     def _run(self, place: Place, read: Callable[[], Findings]) -> None:
@@ -169,6 +169,8 @@ class Reach:
             self._take_of(self.places[path], new)
 
     def _loosen(self, path: tuple[str, ...]) -> None:
+        if path in self.loose:
+            return  # With all that is below it.
         for place in self.places.values():
             if place.path[: len(path)] == path and place.path not in self.loose:
                 self.loose.add(place.path)

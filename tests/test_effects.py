@@ -8,6 +8,7 @@ import importlib
 import inspect
 import operator
 import re
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from written import assert_same, fuse, model_of, path_of
 
 from module_fusion import unfuse_modules
 from module_fusion.effects import effect_of
+from module_fusion.findings import code_read_once
 from module_fusion.reach import Reach
 
 
@@ -763,6 +765,40 @@ def test_what_a_layer_could_do_and_nobody_asks_it_for_is_no_effect(
     fuse(model, kernel)
     assert torch.equal(model(x), expected)
     assert runs(kernel) == 1, path_of(model)[2]
+
+
+class Experts(nn.Module):
+    """All of its layers may be a value, and much is taken of values."""
+
+    def __init__(self, children: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(children)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = x + layer(x) * x.softmax(-1)[..., index].to(x.dtype).reshape(x.shape[:1])
+        return x
+
+
+def test_what_a_module_reaches_is_read_in_time_proportional_to_its_size() -> None:
+    def calls_of(count: int) -> float:
+        calls = 0
+
+        def called(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event.endswith("call")
+
+        experts = nn.Sequential(*[Experts([Layer() for _ in range(count)]) for _ in range(4)])
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            with code_read_once():
+                Reach(experts, nn.Sequential)
+        finally:
+            sys.setprofile(before)
+        return calls / len(list(experts.modules()))
+
+    assert calls_of(40) < 1.5 * calls_of(5) < 1000
 
 
 class ChangesAndComputes(Holds):
