@@ -172,6 +172,8 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     last: list[dis.Instruction] = []
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
+        if instruction.is_jump_target:
+            is_me, last = False, []  # Something else may be on the stack, loaded before the jump.
         is_copied = is_copied or operation in ("COPY", "DUP_TOP")
         if operation in SILENT:
             continue

@@ -79,6 +79,12 @@ class Written(Base):
     def adds_what_is_compared(self, x: Any) -> None:
         self.a += 1 if 0 < x.a < 2 and [y.a for y in x] else (z := x.b) and z.b
 
+    def adds_a_value_or_a_number(self, x: Any) -> None:
+        self.a += x or 1
+
+    def adds_to_another_or_itself(self, x: Any) -> None:
+        (x or self).a += 1
+
     def adds_in_a_lambda(self, x: Any) -> Any:
         def add() -> None:
             self.a += 1
@@ -183,6 +189,8 @@ def test_a_method_of_a_base_class_is_found() -> None:
         (Written.adds_to_a_variable, [("attribute", "a")]),
         (Written.stores_in_itself_of_another, [("attribute", "a")]),
         (Written.adds_what_is_compared, [("own", "a")]),
+        (Written.adds_a_value_or_a_number, [("own", "a")]),
+        (Written.adds_to_another_or_itself, [("attribute", "a")]),
         (Written.adds_in_a_lambda, [("count", "a")]),
         (Written.adds_in_a_lambda_with_its_own_self, [("attribute", "a")]),
         (Written.adds_as_another, [("local", "self"), ("count", "a")]),
