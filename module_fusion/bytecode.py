@@ -67,11 +67,13 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
     start = after = 0
     built, aliases = containers_in(code), aliases_in(code, me) if me else {}
     kept = {at for at, _ in aliases.values()}
+    is_joined = False  # Whether something else may be on the stack, that was loaded elsewhere.
     for index, instruction in enumerate([*instructions, None]):
+        is_joined = is_joined or (instruction is not None and instruction.is_jump_target)
         if instruction is not None and instruction.opname in SILENT:
             continue
-        if instruction is not None and instruction.opname in ATTRIBUTE:
-            chain = chain or ("value", "", [])
+        takes = instruction is not None and instruction.opname in ATTRIBUTE
+        if instruction is not None and takes and not is_joined and chain is not None:
             chain[2].append(instruction.argval)
             after = index + 1
             continue
@@ -79,15 +81,17 @@ def loads_in(code: CodeType, me: str) -> tuple[Load, ...]:
             kind, name, attributes = chain
             asked = asked_of(instructions, start, after) if kind == "own" else None
             asked = frozenset() if start in kept else asked
-            if kind == "value" and instructions[start].argval in built:
-                kind = "built"
+            if kind == "value" and instructions[start].opname.startswith("LOAD_FAST"):
+                kind = "built" if instructions[start].argval in built else kind
             if name or attributes:
                 given, count = _given(instructions[after:], me)
                 found.append(Load(kind, name, tuple(attributes), given, count, asked))
             elif kind == "own" and asked is None:
                 found.append(_ME)
-        chain = None
-        if instruction is not None and not _makes_a_closure(instruction, code, me):
+        chain, is_joined = None, False
+        if instruction is not None and takes:
+            chain = "value", "", [instruction.argval]
+        elif instruction is not None and not _makes_a_closure(instruction, code, me):
             chain = _begun(instruction, me, aliases)
             if instruction.opname.startswith("LOAD_FAST") and isinstance(instruction.argval, tuple):
                 first = instruction.argval[0]
@@ -168,6 +172,8 @@ def stores_in(code: CodeType, me: str) -> tuple[Store, ...]:
     last: list[dis.Instruction] = []
     for instruction in dis.get_instructions(code):
         operation = instruction.opname
+        if instruction.is_jump_target:
+            is_me, last = False, []  # Something else may be on the stack, loaded before the jump.
         is_copied = is_copied or operation in ("COPY", "DUP_TOP")
         if operation in SILENT:
             continue

@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
     Attributes:
         path: names of the children that lead there.
-        names: attributes of the instance, and of its class other than from torch.
+        names: attributes of the instance, and of its class: of those from torch its methods.
     """
 
     path: tuple[str, ...]
@@ -49,14 +49,22 @@ class Place(NamedTuple):
         return {*own["_parameters"], *own["_buffers"], *own["_modules"]}
 
 
-def _names_of(module: nn.Module, cls: type) -> frozenset[str]:
+def _names_of(cls: type) -> frozenset[str]:
     names: set[str] = set()
     for base in reversed(cls.__mro__):
         if base is object or is_of_torch(base):
             names -= base.__dict__.keys()
+            names |= {name for name, value in base.__dict__.items() if _is_shown(name, value)}
         else:
             names |= base.__dict__.keys()
-    return frozenset(names.union(module.__dict__))
+    return frozenset(names)
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    """Whether a value of a class is a method of torch that anyone may call."""
+    if name.startswith("_") or name == "extra_repr" or not isinstance(value, types.FunctionType):
+        return False
+    return is_of_torch(value)
 
 
 class Reach:
@@ -69,6 +77,7 @@ class Reach:
     Args:
         module: it.
         cls: the class that it counts as an instance of.
+        known: the names of the classes that were looked at already.
 
     Attributes:
         runs: what each method does, with the module that it is called on.
@@ -79,10 +88,15 @@ class Reach:
         places: the module and those below it, by their paths.
     """
 
-    def __init__(self, module: nn.Module, cls: Any) -> None:
+    def __init__(
+        self, module: nn.Module, cls: Any, known: dict[Any, frozenset[str]] | None = None
+    ) -> None:
+        known = {} if known is None else known
         children = {name: child for name, child in module._modules.items() if child is not None}
-        self.below = {n: Reach(child, original_of(type(child))) for n, child in children.items()}
-        top = Place((), module, cls, _names_of(module, cls))
+        self.below = {n: Reach(c, original_of(type(c)), known) for n, c in children.items()}
+        if cls not in known:
+            known[cls] = _names_of(cls)
+        top = Place((), module, cls, known[cls].union(module.__dict__))
         self.places: dict[tuple[str, ...], Place] = {(): top}
         for name, reach in self.below.items():
             for path, place in reach.places.items():
@@ -101,7 +115,7 @@ class Reach:
         for name, reach in self.below.items():
             # A call may return what was loose in it, and be given what is loose here.
             self._take(reach.taken)
-            for path in reach.loose:
+            for path in sorted(reach.loose):
                 self._loosen((name, *path))
 
     def _run(self, place: Place, read: Callable[[], Findings]) -> None:
@@ -155,17 +169,20 @@ class Reach:
             self._take_of(self.places[path], new)
 
     def _loosen(self, path: tuple[str, ...]) -> None:
+        if path in self.loose:
+            return  # With all that is below it.
         for place in self.places.values():
             if place.path[: len(path)] == path and place.path not in self.loose:
                 self.loose.add(place.path)
                 self._take_of(place, self.taken)
 
-    def _take_of(self, place: Place, names: Iterable[str]) -> None:
-        for name in sorted(names):
-            if name in place.names or _is_method_of_torch(place.cls, name):
-                self._use(place, (name,))
-            elif not hasattr(place.cls, name):
-                self._ask_for(place, name)
+    def _take_of(self, place: Place, names: Set[str]) -> None:
+        for name in sorted(names & place.names):
+            self._use(place, (name,))
+        if "__getattr__" in place.names:
+            for name in sorted(names - place.names):
+                if not hasattr(place.cls, name):
+                    self._ask_for(place, name)
 
     def _ask_for(self, place: Place, name: str) -> None:
         """Look up a name that is no attribute of the instance's `__dict__` or of its class."""
@@ -206,12 +223,6 @@ def _asks_torch_first(cls: type) -> bool:
     methods = [base.__dict__.get("__getattr__") for base in cls.__mro__]
     its = [method for method in methods if method is not None and not is_of_torch(method)]
     return all(isinstance(m, types.FunctionType) and asks_super_first(m.__code__) for m in its)
-
-
-def _is_method_of_torch(cls: type, name: str) -> bool:
-    value = inspect.getattr_static(cls, name, None)
-    is_shown = name.startswith("_") or name == "extra_repr"
-    return isinstance(value, types.FunctionType) and is_of_torch(value) and not is_shown
 
 
 def method_taken(place: Place, name: str) -> str | None:

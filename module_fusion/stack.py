@@ -19,10 +19,10 @@ _CALLING = (
     "POP_BLOCK",
 )  # fmt: skip
 _TRUTH = frozenset(("__bool__", "__len__"))
-# What builtins call of their first argument, that keep and return nothing of it.
+# What builtins call of their first argument, that keep and return nothing of it: not its class.
 ASKING = {
     "len": frozenset(["__len__"]),
-    **dict.fromkeys(("isinstance", "hasattr", "callable", "type"), frozenset[str]()),
+    **dict.fromkeys(("isinstance", "hasattr", "callable"), frozenset[str]()),
 }
 
 
@@ -40,12 +40,13 @@ def asked_of(instructions: list[dis.Instruction], start: int, after: int) -> fro
         return _TRUTH
     while rest[:-1] and rest[0].opname in ("LOAD_CONST", *GLOBAL, "LOAD_ATTR"):
         rest = rest[1:]
-    if not rest[0].opname.startswith("CALL") or isinstance(instructions[start].argval, tuple):
+    call, is_plain = rest[0], rest[0].opname in ("CALL", "CALL_FUNCTION")
+    if not is_plain or isinstance(instructions[start].argval, tuple):
         return None
     before = [at for at in range(max(0, start - 6), start) if instructions[at].opname not in SILENT]
     for at in before[-2:]:
-        name, call = instructions[at].argval, call_of(instructions, at)
-        if instructions[at].opname in GLOBAL and call is not None and call >= after:
+        name, its = instructions[at].argval, call_of(instructions, at)
+        if instructions[at].opname in GLOBAL and its is not None and instructions[its] is call:
             if at == before[-1] and name in ASKING:
                 return ASKING[name]
             if at != before[-1] and name == "super":
@@ -54,14 +55,14 @@ def asked_of(instructions: list[dis.Instruction], start: int, after: int) -> fro
 
 
 def call_of(instructions: list[dis.Instruction], at: int) -> int | None:
-    """Where that is called which the instruction at `at` loads; None if not, or after a jump."""
+    """Where that is called which the instruction at `at` loads; None if not, or beyond a jump."""
     load, depth = instructions[at], 0
     # Where the NULL that goes with a call is on the stack: below, with the load, or above.
     is_above = sys.version_info >= (3, 13) and not (load.opname == "LOAD_GLOBAL" and load.arg & 1)
     base = 0 if sys.version_info < (3, 11) or is_above else -1
     for index in range(at + 1, len(instructions)):
         one = instructions[index]
-        if one.opcode in JUMPS:
+        if one.opcode in JUMPS or one.is_jump_target:
             return None
         if one.opname.startswith("CALL") and not one.opname.startswith("CALL_INTRINSIC"):
             depth += dis.stack_effect(one.opcode, one.arg, jump=False)
@@ -139,6 +140,8 @@ def aliases_in(code: CodeType, me: str) -> dict[str, tuple[int, tuple[str, ...]]
         operation, value = one.opname, one.argval
         names = value if isinstance(value, tuple) else (value,)
         stores = operation.count("STORE_FAST") if operation.startswith("STORE_FAST") else 0
+        if one.is_jump_target:
+            loaded.clear()  # It may be something else, that was loaded where the jump is from.
         for name in names[:stores]:
             sets.append(name)
             if loaded and (path := loaded.pop()) is not None:
@@ -164,6 +167,8 @@ def containers_in(code: CodeType) -> frozenset[str]:
     """Variables that are never anything else than containers that the code itself builds."""
     built, others, previous = set[str](), {*code.co_varnames[: _arguments_of(code)]}, ""
     for one in dis.get_instructions(code):
+        if one.is_jump_target:
+            previous = ""
         if one.opname in SILENT:
             continue
         if one.opname.startswith("STORE_FAST"):

@@ -79,6 +79,12 @@ class Written(Base):
     def adds_what_is_compared(self, x: Any) -> None:
         self.a += 1 if 0 < x.a < 2 and [y.a for y in x] else (z := x.b) and z.b
 
+    def adds_a_value_or_a_number(self, x: Any) -> None:
+        self.a += x or 1
+
+    def adds_to_another_or_itself(self, x: Any) -> None:
+        (x or self).a += 1
+
     def adds_in_a_lambda(self, x: Any) -> Any:
         def add() -> None:
             self.a += 1
@@ -183,6 +189,8 @@ def test_a_method_of_a_base_class_is_found() -> None:
         (Written.adds_to_a_variable, [("attribute", "a")]),
         (Written.stores_in_itself_of_another, [("attribute", "a")]),
         (Written.adds_what_is_compared, [("own", "a")]),
+        (Written.adds_a_value_or_a_number, [("own", "a")]),
+        (Written.adds_to_another_or_itself, [("attribute", "a")]),
         (Written.adds_in_a_lambda, [("count", "a")]),
         (Written.adds_in_a_lambda_with_its_own_self, [("attribute", "a")]),
         (Written.adds_as_another, [("local", "self"), ("count", "a")]),
@@ -291,7 +299,7 @@ class Asks:
         return x if not self.a else 2 * x
 
     def asks_for_its_kind(self, x: Any) -> Any:
-        return isinstance(self.a, math.__class__) and hasattr(self, "b") and type(self.b)
+        return isinstance(self.a, math.__class__) and hasattr(self, "b") and callable(self.b)
 
     def asks_for_its_length(self, x: Any) -> Any:
         return len(self.a) * x
@@ -394,6 +402,25 @@ class LetsGo:
 
     def to_one_of_two(self, x: Any) -> Any:
         return given(self.a if x else 1)
+
+    def to_a_variable_that_is_one_of_two(self, x: Any) -> Any:
+        y = x or self.a
+        return y.b
+
+    def to_an_attribute_of_one_of_two(self, x: Any) -> Any:
+        return (x or self.a).b
+
+    def to_its_class(self, x: Any) -> Any:
+        return type(self.a).b
+
+    def to_what_takes_an_item(self, x: Any) -> Any:
+        return callable(self.a[len("")])
+
+    def to_what_takes_all_items(self, x: Any) -> Any:
+        return isinstance(*self.a)
+
+    def to_one_of_two_functions(self, x: Any) -> Any:
+        return (x if x else callable)(self.a)
 
 
 @pytest.mark.parametrize("cls", [Asks, LetsGo])

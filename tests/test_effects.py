@@ -8,6 +8,7 @@ import importlib
 import inspect
 import operator
 import re
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from written import assert_same, fuse, model_of, path_of
 
 from module_fusion import unfuse_modules
 from module_fusion.effects import effect_of
+from module_fusion.findings import code_read_once
 from module_fusion.reach import Reach
 
 
@@ -765,6 +767,40 @@ def test_what_a_layer_could_do_and_nobody_asks_it_for_is_no_effect(
     assert runs(kernel) == 1, path_of(model)[2]
 
 
+class Experts(nn.Module):
+    """All of its layers may be a value, and much is taken of values."""
+
+    def __init__(self, children: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(children)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = x + layer(x) * x.softmax(-1)[..., index].to(x.dtype).reshape(x.shape[:1])
+        return x
+
+
+def test_what_a_module_reaches_is_read_in_time_proportional_to_its_size() -> None:
+    def calls_of(count: int) -> float:
+        calls = 0
+
+        def called(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event.endswith("call")
+
+        experts = nn.Sequential(*[Experts([Layer() for _ in range(count)]) for _ in range(4)])
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            with code_read_once():
+                Reach(experts, nn.Sequential)
+        finally:
+            sys.setprofile(before)
+        return calls / len(list(experts.modules()))
+
+    assert calls_of(40) < 1.5 * calls_of(5) < 1000
+
+
 class ChangesAndComputes(Holds):
     change: Any
 
@@ -901,6 +937,22 @@ class HasLength(Counts):
         return self.calls
 
 
+class HasItems(Counts):
+    def __getitem__(self, index: int) -> int:
+        return self.calls
+
+    __add__ = __getitem__
+
+    def __iter__(self) -> Any:
+        return iter((self.calls, int))
+
+
+class HasReal(Counts):
+    @property
+    def real(self) -> int:
+        return self.calls
+
+
 class HasAll(Counts):
     def __getattribute__(self, name: str) -> Any:
         if name == "scale":
@@ -927,6 +979,15 @@ def asks_for_anything(module: Any) -> Any:
     return module.ndim
 
 
+def takes_of_its_class(self: Any) -> int:
+    kind = type(self.child)
+    return 1 + (kind.real is None)
+
+
+def asks_one_or_the_other(self: Any) -> int:
+    return (len if self.layers else callable)(self.child)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     ("child", "read"),
     [
@@ -943,6 +1004,14 @@ def asks_for_anything(module: Any) -> Any:
         (HasTruth, lambda self: 2 if self.child else 1),
         (HasTruth, lambda self: 2 if (not self.child) else 1),
         (HasLength, lambda self: len(self.child)),
+        (HasLength, asks_one_or_the_other),
+        (HasItems, lambda self: 1 + isinstance(self.child[len("")], int)),
+        (HasItems, lambda self: 1 + callable(self.child[len("")])),
+        (HasItems, lambda self: 1 + callable(self.child + len(""))),
+        (HasItems, lambda self: 1 + isinstance(*self.child)),
+        (HasReal, lambda self: 1 + (type(self.child).real is None)),
+        (HasReal, takes_of_its_class),
+        (HasReal, lambda self: 1 + int((self.child if self.layers else self).real)),
         (HasAll, lambda self: self.child.scale),
         (HasAnswers, lambda self: asks_for_anything(self.child)),
     ],

@@ -505,6 +505,31 @@ def an_item(mlp: Any, x: Tensor) -> Tensor:
     return x * [mlp.numbers][0].max
 
 
+def one_of_two(mlp: Any, x: Tensor) -> Tensor:
+    numbers = mlp.numbers if x.dim() == 2 else mlp.act
+    return x * float(numbers.max)
+
+
+def it_or_itself(mlp: Any, x: Tensor) -> Tensor:
+    numbers = mlp.numbers or mlp
+    return x * float(numbers.max)
+
+
+def an_item_or_another(mlp: Any, x: Tensor) -> Tensor:
+    numbers = [mlp.numbers][0] if x.dim() == 2 else mlp.act
+    return x * float(numbers.max)
+
+
+def it_or_a_list(mlp: Any, x: Tensor) -> Tensor:
+    numbers = mlp.numbers or []
+    return x * float(numbers.max)
+
+
+def it_or_a_list_of_before(mlp: Any, x: Tensor) -> Tensor:
+    numbers: Any = []
+    return x * float((mlp.numbers or numbers).max)
+
+
 def without_casts(self: Any, x: Tensor) -> Tensor:
     gate = self.numbers(self.act(self.gate(x)))
     return self.down(self.scale(gate) * self.up(x))  # type: ignore[no-any-return]
@@ -514,6 +539,12 @@ READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "an attribute": (lambda mlp, x: x * mlp.numbers.max, "max"),
     "a variable": (times_a_variable, "max"),
     "an item": (an_item, "max"),
+    "one of two": (lambda mlp, x: x * (mlp.numbers if x.dim() == 2 else mlp.act).max, "max"),
+    "a variable, one of two": (one_of_two, "max"),
+    "a variable, it or itself": (it_or_itself, "max"),
+    "a variable, an item or another": (an_item_or_another, "max"),
+    "a variable, it or a list": (it_or_a_list, "max"),
+    "it or a list": (it_or_a_list_of_before, "max"),
     "a method": (lambda mlp, x: mlp.numbers.scaled(x), "eps"),
     "a method of a variable": (by_a_method_of_a_variable, "eps"),
     "a method that a method calls": (by_a_method_of_a_variable, "scaled"),
@@ -524,7 +555,8 @@ READ: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def test_a_number_of_a_child_is_watched_however_it_is_read(name: str) -> None:
     torch.manual_seed(0)
     method, changed = READ[name]
-    methods = {"scale": method} | ({"forward": without_casts} if name == "an item" else {})
+    is_cast = name.startswith(("a method", "an attribute")) or name == "a variable"
+    methods = {"scale": method} | ({} if is_cast else {"forward": without_casts})
     cls = type("Reads", (NumbersMlp,), methods)
     model, x = nn.Sequential(Block(Norm, cls)), torch.randn(4, HIDDEN)
     assert fuse(model).fused
