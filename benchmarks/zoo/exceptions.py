@@ -54,6 +54,7 @@ _INTRACLASS = {
 }
 # A window is as large as the last stage.
 _SWIN = {"embed_dim": 12, "window_size": 2}
+_PE_VISION = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": None}
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
@@ -134,7 +135,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "efficientnet": _EFFICIENT,
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "ernie4_5_vl_moe_text": _rope(1, 1, 2),
-    "fast_vlm": {"vision_config": {"architecture": "test_vit", "hidden_size": 64}},
+    "fast_vlm": {
+        "vision_config": {"architecture": "test_vit", "hidden_size": 64, "model_args": None},
+    },
     "fastspeech2_conformer_hifigan": {"model_in_dim": 80},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -176,9 +179,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "neucodec": {"quantization_dim": 64},
     "paddleocr_vl_text": _rope(2, 1, 1),
     "pe_audio_video_encoder": {
-        "video_config": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
+        "video_config": {"vision_config": _PE_VISION},
     },
-    "pe_video_encoder": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
+    "pe_video_encoder": {"vision_config": _PE_VISION},
     "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2, "output_shape": [1, 2, 16, 16]},
     "perception_lm": {
         "vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64}},
@@ -236,6 +239,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "swinv2": _SWIN,
     "time_series_transformer": _SERIES,
     "timm_backbone": {"backbone": "resnet18"},
+    "timm_wrapper": {"model_args": {"layers": [2, 2, 2, 2], "channels": [16, 32, 64, 128]}},
     "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "uvdoc": {
         "bridge_connector": (128, 128), "backbone_config": {"out_indices": [1, 2, 3, 4, 5, 6]},
