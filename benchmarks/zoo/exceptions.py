@@ -126,7 +126,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "backbone_config": {
             "architecture": "repvit_m1",
             "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
-        }
+        },
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     "efficientloftr": {
         "hidden_size": 64, "out_features": [16, 16, 32, 64], "stage_num_blocks": [1, 2, 2, 2],
@@ -137,6 +138,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": _rope(1, 1, 2),
     "fast_vlm": {
         "vision_config": {"architecture": "test_vit", "hidden_size": 64, "model_args": None},
+    },
+    "fastspeech2_conformer": {
+        "encoder_linear_units": 48, "decoder_linear_units": 48, "speech_decoder_postnet_units": 32,
     },
     "fastspeech2_conformer_hifigan": {"model_in_dim": 80},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
