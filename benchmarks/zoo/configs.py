@@ -37,7 +37,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 # Sizes that some configs leave to their checkpoints.
 UNSET = {"vocab_size": 128, "head_dim": 8, "num_key_value_heads": 4, "pad_token_id": 0}
 FIXED = re.compile(
-    r"num_channels|in_channels|state_dim|act_dim|kernel|audio_channels|input_channels"
+    r"num_channels|in_channels|state_dim|act_dim|kernel|audio_channels|input_channels|iou_head_depth"
 )
 COARSE = re.compile(r"layers?$|^depth$|vocab_size|positions|position_embeddings|experts$")
 KEPT = re.compile(

@@ -52,6 +52,9 @@ _INTRACLASS = {
         for ratio, k in (("long", 7), ("mid", 5), ("short", 3))
     },
 }
+# A window is as large as the last stage.
+_SWIN = {"embed_dim": 12, "window_size": 2}
+_PE_VISION = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": None}
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 
 
@@ -62,13 +65,25 @@ def _rope(*sections: int) -> dict[str, Any]:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "align": {"vision_config": _EFFICIENT, "projection_dim": 16},
+    "align_vision_model": {
+        "width_coefficient": 1.0, "depth_coefficient": 1.0, "kernel_sizes": [3, 3, 5],
+        "in_channels": [32, 8, 16], "out_channels": [8, 16, 24], "strides": [1, 2, 2],
+        "num_block_repeats": [2, 2, 2], "expand_ratios": [1, 6, 6], "hidden_dim": 1280,
+    },
     "autoformer": _SERIES,
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "blip-2": {"image_token_index": 5},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "bridgetower_vision_model": {"hidden_size": 64},
     "bros": {"dim_bbox": 8},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "chmv2": {"backbone_config": {"return_class_token": True}},
+    "clap": {"audio_config": {"projection_dim": 32}},
+    "clap_audio_model": {
+        "hidden_size": 128, "patch_embeds_hidden_size": 16, "spec_size": 128, "window_size": 4,
+    },
+    "clvp": {"decoder_config": {"decoder_fixing_codes": (83, 45, 45, 100)}},
+    "clvp_encoder": {"hidden_size": 128, "num_attention_heads": 2},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -94,9 +109,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "fov_model_config": {"patch_size": 4, "image_size": 32},
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "donut-swin": _SWIN,
     "dots1": {**_EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots3_note": {
         "audio_config": {"adapter_input_size": 32}, "text_config": {"num_key_value_heads": 4},
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
     },
     "dots3_note_vision_encoder": {
         "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
@@ -106,12 +126,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "backbone_config": {
             "architecture": "repvit_m1",
             "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
-        }
+        },
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "efficientloftr": {
+        "hidden_size": 64, "out_features": [16, 16, 32, 64], "stage_num_blocks": [1, 2, 2, 2],
+        "num_attention_heads": 8,
     },
     "efficientnet": _EFFICIENT,
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "ernie4_5_vl_moe_text": _rope(1, 1, 2),
-    "fast_vlm": {"vision_config": {"architecture": "test_vit", "hidden_size": 64}},
+    "fast_vlm": {
+        "vision_config": {"architecture": "test_vit", "hidden_size": 64, "model_args": None},
+    },
+    "fastspeech2_conformer": {
+        "encoder_linear_units": 48, "decoder_linear_units": 48, "speech_decoder_postnet_units": 32,
+    },
+    "fastspeech2_conformer_hifigan": {"model_in_dim": 80},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma3n_vision": {"architecture": "test_vit"},
@@ -138,6 +169,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4_vision_model": {"intermediate_size": 128},
     "lw_detr": {"projector_scale_factors": [1.0], "num_queries": 8, "group_detr": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32, "n_groups": 1},
+    "mask2former": {"feature_size": 32, "mask_feature_size": 32},
+    "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 32},
     "mimi": _CODEC,
     "mllama_vision_model": {"intermediate_layers_indices": [0]},
     "mm-grounding-dino": {"backbone_config": {"embed_dim": 48}, "num_queries": 8},
@@ -148,10 +181,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"num_hidden_layers": 4},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "neucodec": {"quantization_dim": 64},
+    "paddleocr_vl_text": _rope(2, 1, 1),
     "pe_audio_video_encoder": {
-        "video_config": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
+        "video_config": {"vision_config": _PE_VISION},
     },
-    "pe_video_encoder": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384"}},
+    "pe_video_encoder": {"vision_config": _PE_VISION},
+    "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2, "output_shape": [1, 2, 16, 16]},
     "perception_lm": {
         "vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64}},
     },
@@ -160,9 +195,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pp_doclayout_v2": {**_HGNET_DETR, "class_thresholds": [0.5] * 20, "class_order": [*range(20)]},
     "pp_doclayout_v3": _HGNET_DETR,
     "pp_doclayout_v4": _HGNET_DETR,
+    "pp_formulanet_vision": {"post_conv_in_channels": 32},
     "pp_ocrv5_server_det": {
         "intraclass_block_config": _INTRACLASS, "scale_factor_list": [1, 2, 4, 8],
         "kernel_list": [3, 2, 2],
+    },
+    "pp_ocrv5_server_rec": {
+        "backbone_config": {
+            **_HGNET, "stage_num_blocks": (1, 1, 2, 1), "stem_strides": [2, 1, 1, 1, 1],
+            "stage_downsample": [True] * 4,
+            "stage_downsample_strides": [[2, 1], [1, 2], [2, 1], [2, 1]],
+        },
     },
     "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 128},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
@@ -174,14 +217,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rt_detr": _DETR,
     "rt_detr_v2": _DETR,
     "sam": {"vision_config": {"num_pos_feats": 16}},
+    "sam2_hiera_det_model": {
+        "hidden_size": 8, "image_size": [64, 64], "blocks_per_stage": [1, 2, 3, 2],
+        "embed_dim_per_stage": [8, 16, 32, 64], "global_attention_blocks": [4],
+    },
+    "sam2_vision_model": {
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "sam3_tracker_video": {"image_size": 56},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "sam_hq": {"vision_config": {"num_pos_feats": 16}, "mask_decoder_config": {"vit_dim": 32}},
     "seggpt": {
         "image_size": (64, 32), "num_hidden_layers": 5, "merge_index": 0,
         "intermediate_hidden_state_indices": (1, 2, 3, 4),
     },
+    "slanet": {"max_text_length": 8},
+    "slanext": {"post_conv_in_channels": 32, "max_text_length": 8},
+    "speecht5_hifigan": {"model_in_dim": 80},
     "step3p5": {"sliding_window": 8},
+    "swin": _SWIN,
+    "swin2sr": {
+        "depths": [2, 2], "image_size": 16, "num_heads": [4, 4], "window_size": 4,
+    },
+    "swinv2": _SWIN,
     "time_series_transformer": _SERIES,
     "timm_backbone": {"backbone": "resnet18"},
+    "timm_wrapper": {"model_args": {"layers": [2, 2, 2, 2], "channels": [16, 32, 64, 128]}},
     "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "uvdoc": {
         "bridge_connector": (128, 128), "backbone_config": {"out_indices": [1, 2, 3, 4, 5, 6]},
@@ -233,6 +295,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     "blip-2": {"input_ids": _ids(*[5] * 8, 7, 8, 9)},
     "blip_2_qformer": {"query_embeds": _noise(2, 8, 32), "encoder_hidden_states": _noise(2, 4, 32)},
     "blt": {"use_cache": False},
+    "clap": {"input_features": _noise(2, 1, 256, 64)},
+    "clap_audio_model": {"input_features": _noise(2, 1, 256, 64)},
     "decision_transformer": {
         "states": _noise(2, 5, 17), "actions": _noise(2, 5, 4), "rewards": _noise(2, 5, 1),
         "returns_to_go": _noise(2, 5, 1), "timesteps": torch.arange(5).repeat(2, 1),
