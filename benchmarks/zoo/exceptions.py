@@ -125,8 +125,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "edgetam_vision_model": {
         "backbone_config": {
             "architecture": "repvit_m1",
-            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+            "model_args": {
+                "in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3],
+                "embed_dim": [8, 16, 32, 64], "depth": [2, 2, 2, 2],
+            },
         },
+        "backbone_channel_list": [64, 32, 16, 8],
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     "efficientloftr": {
@@ -142,7 +146,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fastspeech2_conformer": {
         "encoder_linear_units": 48, "decoder_linear_units": 48, "speech_decoder_postnet_units": 32,
     },
-    "fastspeech2_conformer_hifigan": {"model_in_dim": 80},
+    "fastspeech2_conformer_hifigan": {"model_in_dim": 80, "upsample_initial_channel": 128},
+    "fastspeech2_conformer_with_hifigan": {"vocoder_config": {"upsample_initial_channel": 32}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma3n_vision": {"architecture": "test_vit"},
@@ -234,7 +239,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "slanet": {"max_text_length": 8},
     "slanext": {"post_conv_in_channels": 32, "max_text_length": 8},
-    "speecht5_hifigan": {"model_in_dim": 80},
+    "speecht5_hifigan": {"model_in_dim": 80, "upsample_initial_channel": 128},
     "step3p5": {"sliding_window": 8},
     "swin": _SWIN,
     "swin2sr": {
@@ -308,6 +313,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "edgetam_prompt_encoder": _PROMPTS,
     "edgetam_video_mask_decoder": _MASK_DECODER,
     "edgetam_video_prompt_encoder": _PROMPTS,
+    "fastspeech2_conformer_hifigan": {"spectrogram": _noise(2, 16, 80)},
     "florence_vision": {"hidden_states": _noise(2, 3, 64, 64)},
     "fun_asr_nano_encoder": {
         "input_features": _noise(2, 12, 560), "input_features_mask": _whole(2, 12),
@@ -426,6 +432,7 @@ INPUTS: dict[str, dict[str, Any]] = {
         "pixel_values": _noise(2, 16, 768), "pixel_attention_mask": _whole(2, 16),
         "spatial_shapes": _ids(4, 4),
     },
+    "speecht5_hifigan": {"spectrogram": _noise(2, 16, 80)},
     "tvp": {
         "pixel_values": _noise(1, 2, 3, 64, 64), "input_ids": _codes(1, 6),
         "attention_mask": _whole(1, 6),
