@@ -7,7 +7,8 @@ import operator
 from functools import lru_cache
 from types import CodeType
 
-_TRUTH = frozenset(("__bool__", "__len__"))
+from .stack import TRUTH
+
 _ITEMS = frozenset(("__iter__", "__next__", "__reversed__", "__getitem__", "__len__"))
 _ITEMS |= {"__length_hint__", "__contains__", "__missing__", "__index__"}
 _MAPPED = _ITEMS | {"keys"}
@@ -18,10 +19,10 @@ _OPERATORS = [name.strip("_") for name in dir(operator) if not name.startswith("
 _NUMBERS = frozenset(f"__{prefix}{name}__" for name in _OPERATORS for prefix in ("", "r", "i"))
 _NUMBERS |= {"__int__", "__float__", "__complex__", "__round__", "__divmod__", "__rdivmod__"}
 _NUMBERS |= {"__trunc__", "__floor__", "__ceil__"}
-_NUMBERS -= {"__call__", "__repr__"} | _TRUTH | _ITEMS | _COMPARED
-SPECIALS = _TRUTH | _MAPPED | _COMPARED | _TEXT | _WITH | _NUMBERS
+_NUMBERS -= {"__call__", "__repr__"} | TRUTH | _ITEMS | _COMPARED
+SPECIALS = TRUTH | _MAPPED | _COMPARED | _TEXT | _WITH | _NUMBERS
 # What operations of torch may call of what they are given.
-OF_OPERATIONS = _TRUTH | _ITEMS | _COMPARED | _NUMBERS
+OF_OPERATIONS = TRUTH | _ITEMS | _COMPARED | _NUMBERS
 
 # What instructions call, by how their names begin; the first that fits counts.
 _INSTRUCTIONS = {
@@ -32,7 +33,7 @@ _INSTRUCTIONS = {
     ("BUILD_SET", "BUILD_MAP", "SET_ADD", "MAP_ADD"): _COMPARED,
     ("SET_UPDATE", "DICT_UPDATE"): _MAPPED | _COMPARED,
     ("POP_JUMP_IF_NO", "POP_JUMP_FORWARD_IF_NO", "POP_JUMP_BACKWARD_IF_NO"): frozenset(),
-    ("POP_JUMP_", "JUMP_IF_", "TO_BOOL", "UNARY_NOT"): _TRUTH,
+    ("POP_JUMP_", "JUMP_IF_", "TO_BOOL", "UNARY_NOT"): TRUTH,
     ("BINARY_MODULO", "INPLACE_MODULO"): _NUMBERS | _TEXT,
     ("BINARY_", "INPLACE_", "UNARY_"): _NUMBERS,
     ("FORMAT_", "CONVERT_VALUE"): _TEXT,
@@ -48,10 +49,10 @@ _INSTRUCTIONS = {
 }  # fmt: skip
 _BUILTINS = {
     "len": frozenset(["__len__"]),
-    "bool": _TRUTH,
+    "bool": TRUTH,
     **dict.fromkeys(("str", "repr", "format"), _TEXT),
     **dict.fromkeys(("tuple", "list", "iter", "next", "zip", "enumerate", "map"), _ITEMS),
-    **dict.fromkeys(("any", "all", "filter", "reversed"), _ITEMS | _TRUTH),
+    **dict.fromkeys(("any", "all", "filter", "reversed"), _ITEMS | TRUTH),
     **dict.fromkeys(("int", "float", "complex", "abs", "round", "range", "divmod"), _NUMBERS),
     **dict.fromkeys(("isinstance", "issubclass", "type", "hasattr", "callable"), frozenset()),
     **dict.fromkeys(("super", "property", "slice", "NotImplemented"), frozenset()),

@@ -18,7 +18,7 @@ _CALLING = (
     *SILENT, "LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "PRECALL", "CALL", "SETUP_FINALLY",
     "POP_BLOCK",
 )  # fmt: skip
-_TRUTH = frozenset(("__bool__", "__len__"))
+TRUTH = frozenset(("__bool__", "__len__"))
 # What builtins call of their first argument, that keep and return nothing of it: not its class.
 ASKING = {
     "len": frozenset(["__len__"]),
@@ -37,7 +37,7 @@ def asked_of(instructions: list[dis.Instruction], start: int, after: int) -> fro
     if following == "LOAD_CONST" and rest[0].argval is None and rest[1].opname == "IS_OP":
         return frozenset()
     if following.startswith(("POP_JUMP_", "TO_BOOL", "UNARY_NOT")):
-        return _TRUTH
+        return TRUTH
     while rest[:-1] and rest[0].opname in ("LOAD_CONST", *GLOBAL, "LOAD_ATTR"):
         rest = rest[1:]
     call, is_plain = rest[0], rest[0].opname in ("CALL", "CALL_FUNCTION")

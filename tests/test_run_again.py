@@ -110,16 +110,6 @@ def fuse(block: nn.Module, kernel: type[nn.Module], specs: Any = None) -> nn.Mod
     return model
 
 
-def error_of(call: Callable[[], Any]) -> str:
-    """The text of the error. Of the error itself nothing is kept: it holds a checkpoint open."""
-    try:
-        call()
-    except DeferredUseError as error:
-        text = str(error)
-    gc.collect()
-    return text
-
-
 PLACES: dict[str, Callable[[Any], Part]] = {
     "around the block": lambda block: lambda x: checkpoint(block, x, use_reentrant=False),
     "in its forward": lambda block: block,
