@@ -46,7 +46,6 @@ else:
 
 KEY = "_fusion"
 _MADE = "_fusion_as_made"
-_MISSING = object()
 _NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009
 
 

@@ -32,7 +32,6 @@ from .returns import values_returned
 from .spec import External, Plan
 from .uses import gives_away
 
-_MISSING = object()
 # With this begins the reason of a kernel without a backward.
 NEEDS_GRADIENTS = "gradients are needed"
 # What a kernel's `prepare` runs in: a dry run has a look at the members before and after.
